@@ -1,0 +1,24 @@
+"""Attention over a planned, paged KV cache for next-scale (VAR) image models: `torch.ops.amskv.attn`."""
+
+from amskv_kernels.cache import PagedKVCache
+from amskv_kernels.ops import backend, debug
+from amskv_kernels.plan import CachePlan
+from amskv_kernels.policies import AMSKV, Calibration, Full, Policy, Sink, SlidingWindow, parse_policy
+from amskv_kernels.schedule import ScaleSchedule
+from amskv_kernels.version import __version__
+
+__all__ = [
+    "AMSKV",
+    "CachePlan",
+    "Calibration",
+    "Full",
+    "PagedKVCache",
+    "Policy",
+    "ScaleSchedule",
+    "Sink",
+    "SlidingWindow",
+    "__version__",
+    "backend",
+    "debug",
+    "parse_policy",
+]

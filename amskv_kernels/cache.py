@@ -1,0 +1,131 @@
+"""The paged KV cache of one generation: the pool, the arenas, and where we are in the plan."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from amskv_kernels import ops  # noqa: F401 - registers torch.ops.amskv
+from amskv_kernels.layout import HEAD_DIMS
+from amskv_kernels.plan import CachePlan, Slots
+
+
+class PagedKVCache:
+    """Runs a plan: call `attend` for layer 0, 1, … L−1 of step 0, then of step 1, and so on.
+
+    All sequences of the batch are in lockstep. Tables are on the device from the start, so a generation does
+    no host work between steps and can be captured into one CUDA graph.
+
+    Args:
+        plan: which page holds what, when.
+        batch: sequences B (with classifier-free guidance, two per image).
+        kv_heads: Hkv.
+        head_dim: D, 64, 96 or 128.
+        dtype: of the pages: fp16, bf16 or fp32.
+        device: where the pool lives.
+
+    Raises:
+        ValueError: a size out of range.
+    """
+
+    def __init__(
+        self,
+        plan: CachePlan,
+        *,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        for name, value in (("batch", batch), ("kv_heads", kv_heads)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if head_dim not in HEAD_DIMS:
+            raise ValueError(f"head_dim is {head_dim}; it must be one of {HEAD_DIMS}")
+        self.plan = plan
+        self.batch = batch
+        arenas = batch * kv_heads
+        if arenas * plan.pages > torch.iinfo(torch.int32).max:
+            raise ValueError(f"the pool would need {arenas * plan.pages} pages; page numbers are 32-bit")
+        shape = (arenas * plan.pages, 2, plan.page_size, head_dim)
+        self.pages = torch.zeros(shape, dtype=dtype, device=device)
+        first = torch.arange(arenas, dtype=torch.int32, device=device) * plan.pages
+        self.arena = first.view(batch, kv_heads)
+        self._read, self._write = _upload(plan, self.pages.device)
+        self._calls = 0
+
+    @property
+    def step(self) -> int:
+        """The step that the next call belongs to; the schedule's length when the generation is done."""
+        return self._calls // self.plan.num_layers
+
+    @property
+    def layer(self) -> int:
+        """The layer that the next call belongs to."""
+        return self._calls % self.plan.num_layers
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pool."""
+        return self.pages.numel() * self.pages.element_size()
+
+    def reset(self) -> None:
+        """Start a new generation; nothing needs to be cleared."""
+        self._calls = 0
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None
+    ) -> Tensor:  # fmt: skip
+        """Attend to this layer's history and to k, v, and keep what later steps will read.
+
+        Args:
+            layer: must be the plan's next one.
+            q: (B, n, H, D) with n the tokens of the current scale; any strides whose last is 1.
+            k: (B, n, Hkv, D).
+            v: as k.
+            softmax_scale: 1/√D unless given.
+
+        Returns:
+            (B, n, H, D), contiguous.
+
+        Raises:
+            ValueError: a call out of order, past the end, or with another batch or token count than planned;
+                what `torch.ops.amskv.attn` raises.
+            RuntimeError: gradients would be needed; the op has none.
+        """
+        step = self.step
+        self._check_turn(step, layer, q)
+        scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+        read, write = self._read[self._calls], self._write[self._calls]
+        out, _ = torch.ops.amskv.attn(q, k, v, self.pages, self.arena, read, write, scale)
+        self._calls += 1
+        return out
+
+    def _check_turn(self, step: int, layer: int, q: Tensor) -> None:
+        schedule = self.plan.schedule
+        if step == len(schedule):
+            raise ValueError(f"all {step} steps of schedule {schedule.name} are done; call reset() to start again")
+        if layer != self.layer:
+            raise ValueError(f"layer is {layer}; the plan's next call is layer {self.layer} of step {step}")
+        if q.dim() == 4 and q.shape[0] != self.batch:
+            raise ValueError(f"q has batch {q.shape[0]}; this cache was made for {self.batch} sequences")
+        if q.dim() == 4 and q.shape[1] != schedule.tokens[step]:
+            h, w = schedule.sizes[step]
+            raise ValueError(
+                f"q has {q.shape[1]} tokens; step {step} of schedule {schedule.name} has {h}·{w} = {h * w}"
+            )
+        if torch.is_grad_enabled() and q.requires_grad:
+            raise RuntimeError("amskv attention has no backward; call the model under torch.no_grad()")
+
+
+def _upload(plan: CachePlan, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """Every call's (1, 1, S) tables, as views of one device tensor."""
+    calls = [(step, layer) for step in range(len(plan.schedule)) for layer in range(plan.num_layers)]
+    tables: list[Slots] = [table(*call) for table in (plan.read_slots, plan.write_slots) for call in calls]
+    flat = torch.from_numpy(np.concatenate(tables)).to(device)
+    views = [view.view(1, 1, -1) for view in flat.split([table.size for table in tables])]
+    return views[: len(calls)], views[len(calls) :]

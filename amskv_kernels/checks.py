@@ -1,0 +1,146 @@
+"""Argument checks of the ops: every mistake is named, with what it was and what it must be, before any launch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from amskv_kernels.layout import HEAD_DIMS, PAGE_SIZES, ROWS_BITS, ROWS_MASK
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_attn(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
+    read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
+) -> None:  # fmt: skip
+    """Raise TypeError (dtype) or ValueError (anything else) for arguments that `attn` cannot take."""
+    _check_rows("q", q, "(B, n, H, D)")
+    _check_current(k, v, pages, arena)
+    if q.dtype != k.dtype:
+        raise TypeError(f"q is {q.dtype}; it must be {k.dtype}, as k")
+    if q.device != k.device:
+        raise ValueError(f"q is on {q.device}; it must be on {k.device}, as k")
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q has shape {_shape(q)}; its B, n and D must be those of k, which has shape {_shape(k)}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"q has {q.shape[2]} heads; they must be a multiple of the {k.shape[2]} KV heads of k")
+    _check_slots("read_slots", read_slots, k)
+    _check_slots("write_slots", write_slots, k)
+    if not (math.isfinite(softmax_scale) and softmax_scale > 0):
+        raise ValueError(f"softmax_scale is {softmax_scale}; it must be finite and above 0")
+
+
+def check_append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:
+    """Raise TypeError (dtype) or ValueError (anything else) for arguments that `append` cannot take."""
+    _check_current(k, v, pages, arena)
+    _check_slots("write_slots", write_slots, k)
+
+
+def check_tables(pages: Tensor, arena: Tensor, read_slots: Tensor, write_slots: Tensor, n: int) -> None:
+    """Raise ValueError for slots that point outside the pool, overlap, or read what the same call writes.
+
+    Reads the tables on the host: on a GPU this waits for the device, so there it runs in debug mode only.
+    """
+    num_pages, _, page_size, _ = pages.shape
+    read_page, read_rows = _named("read_slots", arena, read_slots, num_pages, page_size)
+    write_page, write_rows = _named("write_slots", arena, write_slots, num_pages, page_size)
+    if write_rows.numel() == 0:
+        return
+    total, lead = write_rows.sum(-1), (write_rows > 0).int().argmax(-1, keepdim=True)
+    first_rows, first_page = write_rows.gather(-1, lead)[..., 0], write_page.gather(-1, lead)[..., 0]
+    stores, kept = total > 0, total - n  # `kept`: rows that the first page already holds
+    wrong = stores & ((kept < 0) | (kept >= first_rows))
+    if wrong.any():
+        raise ValueError(
+            f"write_slots name {int(total[wrong][0])} rows for the {n} rows of k; they must name {n}, plus the rows "
+            f"that the first page already holds"
+        )
+    written = write_page[write_rows > 0]
+    if written.unique().numel() != written.numel():
+        raise ValueError("write_slots name one page twice; every page written must be another one")
+    readable = torch.full((num_pages,), page_size, dtype=torch.int64, device=pages.device)
+    readable[written] = 0
+    readable[first_page[stores]] = kept[stores]
+    clash = read_rows > readable[read_page]
+    if clash.any():
+        raise ValueError(
+            f"page {int(read_page[clash][0])} is both read and written in one call; read_slots and write_slots must "
+            f"not name the same rows"
+        )
+
+
+def _named(
+    name: str, arena: Tensor, slots: Tensor, num_pages: int, page_size: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(B, Hkv, S) pages and rows that the slots name; pages of empty slots read 0."""
+    rows = (slots & ROWS_MASK).long()
+    if (slots < 0).any() or (rows > page_size).any():
+        bad = slots[(slots < 0) | (rows > page_size)][0]
+        raise ValueError(
+            f"{name} hold {int(bad)} (page_offset {int(bad) >> ROWS_BITS}, {int(bad) & ROWS_MASK} rows); an entry "
+            f"must be page_offset << {ROWS_BITS} | rows with at most page_size = {page_size} rows"
+        )
+    page = arena.long()[:, :, None] + (slots >> ROWS_BITS)
+    rows = rows.expand_as(page)
+    outside = (rows > 0) & ((page < 0) | (page >= num_pages))
+    if outside.any():
+        raise ValueError(f"{name} point to page {int(page[outside][0])}; the pool has pages 0 … {num_pages - 1}")
+    return torch.where(rows > 0, page, 0), rows
+
+
+def _check_current(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor) -> None:
+    _check_rows("k", k, "(B, n, Hkv, D)")
+    _check_rows("v", v, "(B, n, Hkv, D)")
+    if v.shape != k.shape:
+        raise ValueError(f"v has shape {_shape(v)}; it must have that of k, {_shape(k)}")
+    for name, tensor in (("v", v), ("pages", pages)):
+        if tensor.dtype != k.dtype:
+            raise TypeError(f"{name} is {tensor.dtype}; it must be {k.dtype}, as k")
+        if tensor.device != k.device:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on {k.device}, as k")
+    if pages.dim() != 4 or pages.shape[1] != 2 or pages.shape[3] != k.shape[3]:
+        raise ValueError(f"pages has shape {_shape(pages)}; it must be (num_pages, 2, page_size, D = {k.shape[3]})")
+    if pages.shape[2] not in PAGE_SIZES:
+        raise ValueError(f"pages has a page_size of {pages.shape[2]}; it must be one of {PAGE_SIZES}")
+    if not pages.is_contiguous():
+        raise ValueError(f"pages has strides {tuple(pages.stride())}; it must be contiguous")
+    _check_table("arena", arena, k)
+    if arena.dim() != 2 or arena.shape[0] != k.shape[0] or arena.shape[1] != k.shape[2]:
+        raise ValueError(f"arena has shape {_shape(arena)}; it must be (B, Hkv) = ({k.shape[0]}, {k.shape[2]})")
+
+
+def _check_rows(name: str, x: Tensor, layout: str) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"{name} has {x.dim()} dimensions; it must have 4, {layout}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} is {x.dtype}; it must be one of {', '.join(str(d) for d in DTYPES)}")
+    if x.shape[3] not in HEAD_DIMS:
+        raise ValueError(f"{name} has head_dim {x.shape[3]}; it must be one of {HEAD_DIMS}")
+    if x.shape[2] < 1:
+        raise ValueError(f"{name} has no heads; it must have at least 1")
+    if x.stride(3) != 1:
+        raise ValueError(f"{name} has stride {x.stride(3)} in its last dimension; it must be 1")
+
+
+def _check_slots(name: str, slots: Tensor, k: Tensor) -> None:
+    _check_table(name, slots, k)
+    if slots.dim() != 3 or slots.shape[0] not in (1, k.shape[0]) or slots.shape[1] not in (1, k.shape[2]):
+        raise ValueError(
+            f"{name} has shape {_shape(slots)}; it must be (B|1, Hkv|1, S) with B = {k.shape[0]}, Hkv = {k.shape[2]}"
+        )
+
+
+def _check_table(name: str, table: Tensor, k: Tensor) -> None:
+    if table.dtype != torch.int32:
+        raise TypeError(f"{name} is {table.dtype}; it must be torch.int32")
+    if table.device != k.device:
+        raise ValueError(f"{name} is on {table.device}; it must be on {k.device}, as k")
+    if not table.is_contiguous():
+        raise ValueError(f"{name} has strides {tuple(table.stride())}; it must be contiguous")
+
+
+def _shape(x: Tensor) -> str:
+    return "(" + ", ".join(str(s) for s in x.shape) + ")"

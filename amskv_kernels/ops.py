@@ -1,0 +1,157 @@
+"""`torch.ops.amskv.*`: schemas, fake kernels, and which implementation serves a call.
+
+The layout of `pages`, `arena` and slots stands in `amskv_kernels.layout`. Inference only: no autograd formula
+is registered, outputs never require grad. Every implementation gets arguments that `checks` has passed.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType, TracebackType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from amskv_kernels import torch_ops
+from amskv_kernels.checks import check_append, check_attn, check_tables
+
+SCHEMAS = {
+    "attn": "(Tensor q, Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor read_slots, Tensor write_slots, "
+    "float softmax_scale) -> (Tensor, Tensor)",
+    "append": "(Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor write_slots) -> ()",
+}
+
+# Implementations, the one to prefer first; each module has one function per op it serves.
+_BACKENDS: dict[str, ModuleType] = {"torch": torch_ops}
+_settings: dict[str, object] = {"backend": "auto", "debug": False}
+
+
+class Choice(NamedTuple):
+    """The backend that serves an op on a device type, and why."""
+
+    backend: str
+    reason: str
+
+
+class _Setting:
+    """A setting just made, and undone at the end of a `with` block if it opens one."""
+
+    def __init__(self, name: str, value: object) -> None:
+        self._name, self._before = name, _settings[name]
+        _settings[name] = value
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:  # fmt: skip
+        _settings[self._name] = self._before
+
+
+def backend(name: str) -> _Setting:
+    """Force one implementation, "auto" to choose by itself again; in a `with` block, for its length.
+
+    Raises:
+        ValueError: no backend of that name.
+    """
+    if name != "auto" and name not in _BACKENDS:
+        raise ValueError(f"backend {name!r} is not known; known: auto, {', '.join(_BACKENDS)}")
+    return _Setting("backend", name)
+
+
+def debug(on: bool = True) -> _Setting:
+    """Check slot tables on the device at every raw op call, so that a bad one raises instead of faulting.
+
+    Waits for the device each time. On the CPU the tables are always checked.
+    """
+    return _Setting("debug", bool(on))
+
+
+def choose(op: str, device_type: str) -> Choice:
+    """Which backend serves `op` for tensors on `device_type` ("cpu", "cuda").
+
+    Raises:
+        RuntimeError: the forced backend does not serve it.
+    """
+    forced = _settings["backend"]
+    passed_over: list[str] = []
+    for name, module in _BACKENDS.items():
+        if forced not in ("auto", name):
+            continue
+        missing = _missing(module, op, device_type)
+        if missing is None:
+            return Choice(name, "forced" if forced == name else "; ".join([*passed_over, "the first that serves it"]))
+        passed_over.append(f"{name}: {missing}")
+    raise RuntimeError(f"backend {forced!r} cannot serve {op} on {device_type}: {'; '.join(passed_over)}")
+
+
+def _missing(module: ModuleType, op: str, device_type: str) -> str | None:
+    if not hasattr(module, op):
+        return f"has no {op}"
+    return None
+
+
+def attn(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
+    read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention over paged history and the current scale, which is stored on the way: `torch.ops.amskv.attn`.
+
+    Keys are every row that `read_slots` name, then the n rows of k; none is masked. Query head h uses KV head
+    h // (H // Hkv). `write_slots` take the rows of k, v in order, page by page, and the rest of every written
+    page becomes zero; empty stores nothing. Where their rows sum to n + r, the first page already holds r rows
+    and keeps them: that page may be read by the same call, no other written page may.
+
+    Args:
+        q: (B, n, H, D) fp16, bf16 or fp32; any strides whose last is 1. D is 64, 96 or 128.
+        k: (B, n, Hkv, D), as q.
+        v: as k.
+        pages: (num_pages, 2, page_size, D), q's dtype, contiguous; page_size is 16, 32, 64 or 128.
+        arena: (B, Hkv) int32.
+        read_slots: (B|1, Hkv|1, S) int32; size-1 dimensions broadcast, S may be 0.
+        write_slots: as read_slots, with its own S.
+        softmax_scale: finite and above 0.
+
+    Returns:
+        out (B, n, H, D), contiguous, q's dtype, and lse (B, H, n) fp32, natural log.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong device, shape, stride, head count or slot table.
+    """
+    check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
+    if _settings["debug"]:
+        check_tables(pages, arena, read_slots, write_slots, k.shape[1])
+    module = _BACKENDS[choose("attn", q.device.type).backend]
+    return module.attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
+
+
+def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:
+    """The store of `attn` alone, for a framework that attends by other means: `torch.ops.amskv.append`.
+
+    Arguments and errors as for `attn`.
+    """
+    check_append(k, v, pages, arena, write_slots)
+    if _settings["debug"]:
+        check_tables(pages, arena, write_slots[..., :0].contiguous(), write_slots, k.shape[1])
+    module = _BACKENDS[choose("append", k.device.type).backend]
+    module.append(k, v, pages, arena, write_slots)
+
+
+def _fake_attn(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
+    read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
+    batch, n, heads, head_dim = q.shape
+    return q.new_empty(batch, n, heads, head_dim), q.new_empty(batch, heads, n, dtype=torch.float32)
+
+
+def _fake_append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:
+    check_append(k, v, pages, arena, write_slots)
+
+
+for _name, _real, _fake in (("attn", attn, _fake_attn), ("append", append, _fake_append)):
+    torch.library.define(f"amskv::{_name}", SCHEMAS[_name])
+    torch.library.impl(f"amskv::{_name}", ("cpu", "cuda"), _real)
+    torch.library.register_fake(f"amskv::{_name}", _fake)

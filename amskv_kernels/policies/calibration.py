@@ -1,0 +1,101 @@
+"""The calibration file: what a measurement of a model found, for AMS-KV to load."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from amskv_kernels.policies.base import check_layers_exist, layer_set
+from amskv_kernels.schedule import ScaleSchedule
+
+FORMAT = "amskv-similarity-1"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Inter-scale key similarity of one model and the layers found cache-demanding.
+
+    Args:
+        schedule: the (h, w) sizes the model was measured on.
+        similarity: (L, K); entry (l, i) is the negative L2 distance of layer l's keys at scale i to those of
+            scale i−1 resized to its map; 0 for scale 0, which has no predecessor.
+        demanding_layers: the layers chosen, by threshold or by count.
+        theta: the threshold they lie below.
+        images: how many images were measured.
+        model: a name for people.
+    """
+
+    schedule: tuple[tuple[int, int], ...]
+    similarity: tuple[tuple[float, ...], ...]
+    demanding_layers: tuple[int, ...]
+    theta: float
+    images: int
+    model: str = "unnamed"
+
+    @property
+    def num_layers(self) -> int:
+        """L of the measured model."""
+        return len(self.similarity)
+
+    @property
+    def ranking(self) -> tuple[int, ...]:
+        """All layers, most cache-demanding first: by their mean similarity over the scales after the first."""
+        return rank_layers(self.similarity)
+
+    def save(self, path: str | Path) -> None:
+        """Write the calibration as JSON."""
+        Path(path).write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read a calibration.
+
+        Raises:
+            ValueError: the file is missing, is not JSON, or a field is missing or out of range; the message
+                names the file and the field.
+        """
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"calibration {path} cannot be read: {error}") from error
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
+            raise ValueError(f"calibration {path} has format {found!r}; it must be {FORMAT!r}")
+        try:
+            return cls._parse(raw)
+        except (KeyError, TypeError, ValueError) as error:
+            field = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"calibration {path} is corrupt: {field}") from error
+
+    @classmethod
+    def _parse(cls, raw: dict) -> Calibration:
+        sizes = ScaleSchedule(raw["schedule"]).sizes
+        similarity = tuple(tuple(float(x) for x in row) for row in raw["similarity"])
+        if not similarity or any(len(row) != len(sizes) for row in similarity):
+            raise ValueError(f"similarity must have {len(sizes)} entries, one per scale, in each of one or more layers")
+        if not all(math.isfinite(x) for row in similarity for x in row):
+            raise ValueError("similarity holds a number that is not finite")
+        demanding = layer_set("demanding_layers", raw["demanding_layers"])
+        check_layers_exist("demanding_layers", demanding, len(similarity))
+        return cls(sizes, similarity, demanding, float(raw["theta"]), int(raw["images"]), str(raw["model"]))
+
+    def check_fits(self, schedule: ScaleSchedule, num_layers: int) -> None:
+        """Raise ValueError when the calibration was made for another depth or schedule."""
+        if self.num_layers != num_layers:
+            raise ValueError(f"the calibration was made for {self.num_layers} layers; this model has {num_layers}")
+        if self.schedule != schedule.sizes:
+            raise ValueError(
+                f"the calibration was made for maps {_brief(self.schedule)}; this schedule has {_brief(schedule.sizes)}"
+            )
+
+
+def rank_layers(similarity: tuple[tuple[float, ...], ...]) -> tuple[int, ...]:
+    """Layers by mean similarity over the scales after the first, lowest (most demanding) first."""
+    means = [sum(row[1:]) / max(1, len(row) - 1) for row in similarity]
+    return tuple(sorted(range(len(means)), key=lambda layer: (means[layer], layer)))
+
+
+def _brief(sizes: tuple[tuple[int, int], ...]) -> str:
+    return " ".join(f"{h}×{w}" for h, w in sizes)
