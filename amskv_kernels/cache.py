@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from amskv_kernels import ops  # noqa: F401 - registers torch.ops.amskv
+from amskv_kernels.checks import refuse_gradients
 from amskv_kernels.layout import HEAD_DIMS
 from amskv_kernels.plan import CachePlan, Slots
 
@@ -99,6 +100,7 @@ class PagedKVCache:
         """
         step = self.step
         self._check_turn(step, layer, q)
+        refuse_gradients(q, k, v)
         scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
         read, write = self._read[self._calls], self._write[self._calls]
         out, _ = torch.ops.amskv.attn(q, k, v, self.pages, self.arena, read, write, scale)
@@ -118,8 +120,6 @@ class PagedKVCache:
             raise ValueError(
                 f"q has {q.shape[1]} tokens; step {step} of schedule {schedule.name} has {h}·{w} = {h * w}"
             )
-        if torch.is_grad_enabled() and q.requires_grad:
-            raise RuntimeError("amskv attention has no backward; call the model under torch.no_grad()")
 
 
 def _upload(plan: CachePlan, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:

@@ -39,6 +39,12 @@ def check_append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots
     _check_slots("write_slots", write_slots, k)
 
 
+def refuse_gradients(*tensors: Tensor) -> None:
+    """Raise RuntimeError where autograd would record a call: the ops have no backward."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError("amskv attention has no backward; call the model under torch.no_grad()")
+
+
 def check_tables(pages: Tensor, arena: Tensor, read_slots: Tensor, write_slots: Tensor, n: int) -> None:
     """Raise ValueError for slots that point outside the pool, overlap, or read what the same call writes.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from amskv_kernels import torch_ops
-from amskv_kernels.checks import check_append, check_attn, check_tables
+from amskv_kernels.checks import check_append, check_attn, check_tables, refuse_gradients
 
 SCHEMAS = {
     "attn": "(Tensor q, Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor read_slots, Tensor write_slots, "
@@ -118,8 +118,10 @@ def attn(
 
     Raises:
         TypeError: a wrong dtype. ValueError: a wrong device, shape, stride, head count or slot table.
+        RuntimeError: autograd would record the call.
     """
     check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
+    refuse_gradients(q, k, v)
     if _settings["debug"]:
         check_tables(pages, arena, read_slots, write_slots, k.shape[1])
     module = _BACKENDS[choose("attn", q.device.type).backend]
@@ -132,6 +134,7 @@ def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tens
     Arguments and errors as for `attn`.
     """
     check_append(k, v, pages, arena, write_slots)
+    refuse_gradients(k, v)
     if _settings["debug"]:
         check_tables(pages, arena, write_slots[..., :0].contiguous(), write_slots, k.shape[1])
     module = _BACKENDS[choose("append", k.device.type).backend]

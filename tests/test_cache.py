@@ -1,0 +1,105 @@
+import pytest
+import torch
+
+from amskv_kernels import AMSKV, CachePlan, Full, PagedKVCache, ScaleSchedule, Sink, SlidingWindow
+
+SCHEDULE = ScaleSchedule([(1, 1), (2, 2), (3, 2), (3, 5), (6, 6)])
+
+
+def cache_for(policy=None, *, layers=3, batch=2, kv_heads=2, head_dim=64, dtype=torch.float32, page_size=None):
+    plan = CachePlan.build(SCHEDULE, policy or Full(), layers, page_size)
+    return PagedKVCache(plan, batch=batch, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
+
+
+def qkv(n, batch=2, heads=2, kv_heads=2, head_dim=64):
+    return torch.randn(batch, n, heads + 2 * kv_heads, head_dim).split([heads, kv_heads, kv_heads], dim=2)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [Full(), AMSKV(demanding_layers=(1,)), SlidingWindow(1), Sink(1, 1), AMSKV.with_capacity(7, 26)],
+    ids=str,
+)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2)])
+@pytest.mark.parametrize("page_size", [None, 16, 128])
+def test_attention_sees_the_visible_scales_and_nothing_else(policy, heads, kv_heads, page_size):
+    cache = cache_for(policy, kv_heads=kv_heads, page_size=page_size)
+    cache.pages.fill_(torch.nan)
+    for _ in range(2):  # the second one finds the first one's leftovers
+        past = [[] for _ in range(3)]
+        for step, n in enumerate(SCHEDULE.tokens):
+            for layer in range(3):
+                q, k, v = qkv(n, heads=heads, kv_heads=kv_heads)
+                seen = [past[layer][s] for s in policy.visible(SCHEDULE, layer, step)] + [(k, v)]
+                past[layer].append((k, v))
+                keys, values = (torch.cat(x, dim=1).transpose(1, 2) for x in zip(*seen, strict=True))
+                expected = torch.nn.functional.scaled_dot_product_attention(
+                    q.transpose(1, 2), keys, values, enable_gqa=True
+                ).transpose(1, 2)
+                torch.testing.assert_close(cache.attend(layer, q, k, v), expected, rtol=1e-5, atol=1e-5)
+        assert (cache.step, cache.layer) == (len(SCHEDULE), 0)
+        cache.reset()
+
+
+def test_pool_is_what_the_plan_says():
+    cache = cache_for(AMSKV(), dtype=torch.bfloat16)
+    assert cache.nbytes == cache.plan.allocated_tokens * 2 * 64 * 2 * 2 * 2
+    assert cache.pages.shape[0] == cache.plan.pages * 2 * 2
+
+
+def test_softmax_scale_is_passed_on():
+    q, k, v = qkv(1)
+    torch.testing.assert_close(cache_for().attend(0, q, k, v, softmax_scale=3.0), v)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda c: c.attend(1, *qkv(1)), "layer is 1; the plan's next call is layer 0 of step 0"),
+        (lambda c: c.attend(0, *qkv(4)), "q has 4 tokens; step 0 of schedule custom has 1·1 = 1"),
+        (lambda c: c.attend(0, *qkv(1, batch=3)), "q has batch 3; this cache was made for 2 sequences"),
+        (
+            lambda c: c.attend(0, *qkv(1, head_dim=96)),
+            r"pages has shape .*; it must be \(num_pages, 2, page_size, D = 96",
+        ),
+        (lambda c: c.attend(0, *qkv(1, kv_heads=1)), r"arena has shape \(2, 2\); it must be \(B, Hkv\) = \(2, 1\)"),
+    ],
+)
+def test_misuse_is_named_and_changes_nothing(call, message):
+    cache = cache_for()
+    before = cache.pages.clone()
+    with pytest.raises(ValueError, match=message):
+        call(cache)
+    assert (cache.step, cache.layer) == (0, 0)
+    assert torch.equal(cache.pages, before)
+
+
+def test_a_finished_generation_must_be_reset():
+    cache = cache_for(layers=1)
+    for n in SCHEDULE.tokens:
+        cache.attend(0, *qkv(n))
+    with pytest.raises(ValueError, match=r"all 5 steps of schedule custom are done; call reset\(\)"):
+        cache.attend(0, *qkv(1))
+    cache.reset()
+    cache.attend(0, *qkv(1))
+    assert cache.step == 1
+
+
+def test_gradients_are_refused():
+    q, k, v = qkv(1)
+    with pytest.raises(RuntimeError, match=r"no backward; call the model under torch.no_grad\(\)"):
+        cache_for().attend(0, q.clone().requires_grad_(), k, v)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch": 0}, "batch is 0; it must be at least 1"),
+        ({"kv_heads": 0}, "kv_heads is 0"),
+        ({"head_dim": 80}, r"head_dim is 80; it must be one of \(64, 96, 128\)"),
+        ({"batch": 2**40}, "page numbers are 32-bit"),
+    ],
+)
+def test_bad_sizes_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        cache_for(**arguments)
