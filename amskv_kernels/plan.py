@@ -37,6 +37,15 @@ class Extent(NamedTuple):
     rows: int
 
 
+def page_slots(pages: list[int], rows: int, page_size: int) -> Slots:
+    """Slot entries of `rows` rows stored back to back in `pages`: all full but the last."""
+    table = np.asarray(pages, dtype=np.int32) << ROWS_BITS
+    table += page_size
+    if table.size:
+        table[-1] -= len(pages) * page_size - rows
+    return table
+
+
 @dataclass
 class _Run:
     """Entries of one layer that die together, stored back to back."""
@@ -47,11 +56,7 @@ class _Run:
 
     def slots(self, page_size: int, first_page: int = 0) -> Slots:
         """The run's filled pages from `first_page` on, as slot entries."""
-        table = np.asarray(self.pages[first_page:], dtype=np.int32) << ROWS_BITS
-        table += page_size
-        if table.size:
-            table[-1] -= len(self.pages) * page_size - self.rows
-        return table
+        return page_slots(self.pages[first_page:], self.rows - first_page * page_size, page_size)
 
 
 @dataclass(frozen=True)
@@ -199,7 +204,7 @@ def _live_pages(schedule: ScaleSchedule, last_read: npt.NDArray[np.int64], page_
             live -= -(-rows.pop(step, 0) // page_size)
 
 
-class _Pages:
+class Pages:
     """Free pages of an arena, lowest first, so that a scale's pages tend to lie side by side."""
 
     def __init__(self) -> None:
@@ -207,23 +212,26 @@ class _Pages:
         self.free: list[int] = []
 
     def take(self, number: int) -> list[int]:
+        """`number` pages, new ones where none is free."""
         taken = [heapq.heappop(self.free) for _ in range(min(number, len(self.free)))]
         fresh = range(self.count, self.count + number - len(taken))
         self.count += len(fresh)
         return [*taken, *fresh]
 
     def give_back(self, pages: Iterable[int]) -> None:
+        """Free `pages` for others."""
         for page in pages:
             heapq.heappush(self.free, page)
 
     @property
     def live(self) -> int:
+        """Pages taken and not given back."""
         return self.count - len(self.free)
 
 
 def _scan(schedule: ScaleSchedule, last_read: npt.NDArray[np.int64], page_size: int) -> CachePlan:
     num_layers, steps = last_read.shape
-    pages = _Pages()
+    pages = Pages()
     runs: list[dict[int, _Run]] = [{} for _ in range(num_layers)]
     none = np.empty(0, dtype=np.int32)
     read: list[tuple[Slots, ...]] = []
@@ -259,7 +267,7 @@ def _scan(schedule: ScaleSchedule, last_read: npt.NDArray[np.int64], page_size: 
     )  # fmt: skip
 
 
-def _store(run: _Run, count: int, page_size: int, pages: _Pages) -> tuple[Slots, tuple[Extent, ...]]:
+def _store(run: _Run, count: int, page_size: int, pages: Pages) -> tuple[Slots, tuple[Extent, ...]]:
     """Add `count` rows to the run: its write slots, and where the rows lie."""
     first_page, first_row = divmod(run.rows, page_size)
     run.rows += count

@@ -1,0 +1,47 @@
+"""What this machine has, and which backend serves which op on it."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+from amskv_kernels import ops
+from amskv_kernels.version import __version__
+
+
+def diagnose() -> dict[str, dict[str, str]]:
+    """Versions, devices, and per device type and op the backend chosen with its reason."""
+    devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        devices[f"cuda:{i}"] = (
+            f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+        )
+    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    backends = {}
+    for kind in kinds:
+        for op in ops.SCHEMAS:
+            choice = ops.choose(op, kind)
+            backends[f"{op} on {kind}"] = f"{choice.backend} ({choice.reason})"
+    if "cuda" not in kinds:
+        backends["on cuda"] = "no CUDA device is visible to this torch"
+    return {
+        "versions": {
+            "amskv_kernels": __version__,
+            "python": platform.python_version(),
+            "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
+            "triton": _version("triton"),
+            "numpy": _version("numpy"),
+        },
+        "devices": devices,
+        "backends": backends,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

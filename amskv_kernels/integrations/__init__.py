@@ -1,0 +1,1 @@
+"""Patches for public model code, applied in place and undone on demand."""

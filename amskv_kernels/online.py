@@ -1,0 +1,152 @@
+"""AMS-KV's online mode: Algorithm 1 decides during the generation which layers are cache-demanding.
+
+A plan needs to know beforehand what each layer will read. Here a layer turns demanding when its own keys say so, so
+pages are handed out as the generation goes and the pool grows when it must. Each decision waits for the device; a
+calibration that freezes the demanding layers (`AMSKV.for_saving`, `Calibration`) costs none of that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from amskv_kernels import ops  # noqa: F401 - registers torch.ops.amskv
+from amskv_kernels.calibrate import key_similarity
+from amskv_kernels.checks import refuse_gradients
+from amskv_kernels.plan import Pages, Slots, page_slots
+from amskv_kernels.policies import AMSKVCapacity
+from amskv_kernels.schedule import ScaleSchedule
+
+
+@dataclass
+class _Layer:
+    capacity: int
+    held: dict[int, list[int]] = field(default_factory=dict)  # scale -> its pages
+    previous: Tensor | None = None  # keys of the scale before, while the layer may still turn demanding
+    turned_at: int | None = None
+
+
+class OnlineKVCache:
+    """The cache of one generation under `policy`, decided as it goes; `attend` as in `PagedKVCache`.
+
+    Args:
+        schedule: the model's schedule.
+        num_layers: L.
+        policy: an `AMSKV.with_capacity(…)`; its similarity table, if any, is not used.
+        theta: a layer whose similarity is below it when it overflows turns cache-demanding.
+        batch: sequences B; conditional and unconditional ones share each decision.
+        kv_heads: Hkv.
+        head_dim: D, 64, 96 or 128.
+        dtype: of the pages.
+        device: where the pool lives.
+        page_size: rows of a page.
+    """
+
+    def __init__(
+        self,
+        schedule: ScaleSchedule,
+        num_layers: int,
+        policy: AMSKVCapacity,
+        theta: float,
+        *,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        page_size: int = 16,
+    ) -> None:
+        policy.check_layers(num_layers)
+        self.schedule, self.policy, self.theta, self.page_size = schedule, policy, theta, page_size
+        self.num_layers, self.batch, self.kv_heads = num_layers, batch, kv_heads
+        self._pool = torch.zeros(batch * kv_heads, 0, 2, page_size, head_dim, dtype=dtype, device=device)
+        self._arena = torch.zeros(batch, kv_heads, dtype=torch.int32, device=device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new generation; every layer is undecided again."""
+        self._calls = 0
+        self._free = Pages()
+        start = self.policy.demanding_layers
+        self._layers = [
+            _Layer(self.policy.c_max if layer in start else self.policy.c_min) for layer in range(self.num_layers)
+        ]
+
+    @property
+    def demanding_layers(self) -> dict[int, int]:
+        """The layers that turned demanding in this generation, and the scale at which each did."""
+        return {i: layer.turned_at for i, layer in enumerate(self._layers) if layer.turned_at is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pool so far."""
+        return self._pool.numel() * self._pool.element_size()
+
+    def visible(self, layer: int) -> tuple[int, ...]:
+        """The scales that `layer` holds now."""
+        return tuple(sorted(self._layers[layer].held))
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None
+    ) -> Tensor:  # fmt: skip
+        """Attend to what this layer holds and to k, v, then keep what Algorithm 1 keeps.
+
+        Arguments, result and errors as for `PagedKVCache.attend`.
+        """
+        scale, expected = divmod(self._calls, self.num_layers)
+        if scale == len(self.schedule):
+            raise ValueError(f"all {scale} steps of schedule {self.schedule.name} are done; call reset()")
+        if layer != expected or k.shape[:2] != (self.batch, self.schedule.tokens[scale]):
+            raise ValueError(
+                f"layer is {layer} with k of shape {tuple(k.shape)}; the next call is layer {expected} of step "
+                f"{scale}, {self.batch} sequences of {self.schedule.tokens[scale]} tokens"
+            )
+        refuse_gradients(q, k, v)
+        state = self._layers[layer]
+        kept = self._decide(state, scale, k)
+        read = [page_slots(pages, self.schedule.tokens[s], self.page_size) for s, pages in state.held.items()]
+        write: list[Slots] = []
+        if scale in kept:
+            tokens = self.schedule.tokens[scale]
+            state.held[scale] = self._take(-(-tokens // self.page_size))
+            write = [page_slots(state.held[scale], tokens, self.page_size)]
+        factor = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+        pages = self._pool.view(-1, *self._pool.shape[2:])
+        out, _ = torch.ops.amskv.attn(q, k, v, pages, self._arena, self._table(read), self._table(write), factor)
+        for dropped in set(state.held) - set(kept):
+            self._free.give_back(state.held.pop(dropped))
+        self._calls += 1
+        return out
+
+    def _decide(self, state: _Layer, scale: int, k: Tensor) -> tuple[int, ...]:
+        """The scales held after this one; turns the layer demanding when its keys say so."""
+        held, policy, sizes = tuple(sorted(state.held)), self.policy, self.schedule.sizes
+        undecided = state.capacity == policy.c_min < policy.c_max
+        if undecided and state.previous is not None and policy.overflows(self.schedule, held, scale, policy.c_min):
+            alike = key_similarity(state.previous, k, sizes[scale - 1], sizes[scale])
+            if float(alike) < self.theta:
+                state.capacity, state.turned_at = policy.c_max, scale
+        state.previous = k if state.capacity == policy.c_min < policy.c_max else None
+        if scale == len(self.schedule) - 1:
+            return held  # nothing reads the last scale
+        return policy.keep(self.schedule, held, scale, state.capacity)
+
+    def _take(self, number: int) -> list[int]:
+        taken = self._free.take(number)
+        arenas, pages, *page = self._pool.shape
+        if self._free.count > pages:
+            room = max(self._free.count, 2 * pages)
+            grown = self._pool.new_zeros(arenas, room, *page)
+            grown[:, :pages] = self._pool
+            self._pool = grown
+            first = torch.arange(arenas, dtype=torch.int32, device=grown.device) * room
+            self._arena = first.view(self.batch, self.kv_heads)
+        return taken
+
+    def _table(self, slots: list[Slots]) -> Tensor:
+        flat = np.concatenate(slots) if slots else np.empty(0, dtype=np.int32)
+        return torch.from_numpy(flat).to(self._pool.device).view(1, 1, -1)

@@ -1,0 +1,77 @@
+"""Pictures of plans and calibrations. Needs matplotlib (`pip install 'amskv_kernels[plot]'`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from amskv_kernels.memory import MIB, STOCK_PAIR_BYTES
+from amskv_kernels.plan import CachePlan
+from amskv_kernels.policies import Calibration
+
+
+def _axes(width: float, height: float) -> tuple[Any, Any]:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise RuntimeError("plots need matplotlib: pip install 'amskv_kernels[plot]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(width, height), layout="constrained", dpi=120)
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    from matplotlib import pyplot
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def timeline(plans: Mapping[str, CachePlan], token_bytes: Mapping[str, int], title: str, path: str | Path) -> None:
+    """Bytes in the cache over the steps of a generation, one line a plan, stock code's on top.
+
+    Args:
+        plans: by the name to show; all of one schedule and depth.
+        token_bytes: bytes of one token in one layer over all sequences and heads, for "ours" and "stock".
+        title: of the picture.
+        path: of the PNG.
+    """
+    figure, axes = _axes(8, 4.5)
+    first = next(iter(plans.values()))
+    tokens = np.asarray(first.schedule.tokens)
+    steps = np.arange(len(tokens))
+    stock = np.cumsum(tokens) * first.num_layers * token_bytes["stock"] / MIB
+    axes.step(
+        steps + 1, stock, where="post", color="black", linestyle="--", label=f"stock ({STOCK_PAIR_BYTES} B a pair)"
+    )
+    for name, plan in plans.items():
+        calls = steps.repeat(plan.num_layers) + np.tile(np.arange(plan.num_layers), len(steps)) / plan.num_layers
+        axes.plot(calls + 1, plan.live.ravel() * token_bytes["ours"] / MIB, label=name)
+    axes.set_xticks(steps + 1, [f"{h}×{w}" for h, w in first.schedule.sizes])
+    axes.set_xlabel("step: the map being drawn, layer by layer")
+    axes.set_ylabel("MiB in the cache")
+    axes.set_ylim(bottom=0)
+    axes.set_title(title)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def similarity(calibration: Calibration, path: str | Path) -> None:
+    """Inter-scale key similarity, layers × scales; cache-demanding layers are marked."""
+    table = np.asarray(calibration.similarity)[:, 1:]
+    figure, axes = _axes(1.5 + 0.6 * table.shape[1], 1.8 + 0.28 * table.shape[0])
+    image = axes.imshow(table, aspect="auto", cmap="viridis")
+    figure.colorbar(image, ax=axes, label="similarity (− mean L2 distance)")
+    axes.set_xticks(range(table.shape[1]), [f"{h}×{w}" for h, w in calibration.schedule[1:]], rotation=45)
+    marks = [f"{layer} *" if layer in calibration.demanding_layers else f"{layer}" for layer in range(len(table))]
+    axes.set_yticks(range(len(table)), marks)
+    axes.set_xlabel("scale, compared with the one before")
+    axes.set_ylabel("layer (* cache-demanding)")
+    axes.set_title(f"Key similarity of {calibration.model}, {calibration.images} images")
+    _save(figure, path)

@@ -1,0 +1,154 @@
+"""The command line as a user meets it: output, files, and one clear line with exit code 2."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from amskv_kernels import ScaleSchedule
+from amskv_kernels.cli import main
+from amskv_kernels.models import VAR, VQVAE, VARConfig, VQVAEConfig
+from amskv_kernels.models.checkpoint import load, save
+
+SCHEDULE = ScaleSchedule([(1, 1), (2, 2), (3, 3), (4, 4)])
+VAR_SIZES = {"depth": 2, "embed_dim": 64, "num_heads": 1, "vocab_size": 32, "z_channels": 8, "num_classes": 3}
+VAE_SIZES = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "z_channels": 8, "vocab_size": 32}
+
+
+def run(capsys, *argv):
+    try:
+        code = main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_plan_reports_the_papers_case(capsys):
+    argv = ["plan", "--model", "var-d30", "--policy", "ams-kv:84.83", "--images", "50", "--dtype", "bf16", "--json"]
+    code, out, _ = run(capsys, *argv)
+    figures = json.loads(out)
+    assert code == 0
+    assert figures["stock_mib"] == pytest.approx(22412, abs=0.5)
+    assert figures["retained_tokens_per_layer"] <= 103.2
+    assert figures["retained_mib"] <= 0.11 * figures["stock_mib"]
+    assert figures["retained_mib"] <= figures["peak_mib"]
+    assert figures["allocated_mib"] <= 1.25 * figures["retained_mib"]
+    assert figures["saved_of_all"] == pytest.approx(0.8483, abs=1e-4)
+    assert figures["saved_of_prefix"] < figures["saved_of_all"]
+    assert figures["page_size"] in (16, 32, 64, 128)
+
+
+def test_plan_full_is_lossless(capsys):
+    _, out, _ = run(capsys, "plan", "--model", "var-d30", "--policy", "full")
+    assert "424.0 of 680 tokens per layer: 37.6% fewer, lossless" in out
+
+
+def test_plan_by_dtype_and_guidance(capsys):
+    def figures(*more):
+        return json.loads(run(capsys, "plan", "--model", "var-d16", "--policy", "full", "--json", *more)[1])
+
+    assert figures("--dtype", "fp32")["retained_mib"] == 2 * figures()["retained_mib"]
+    assert figures("--no-cfg")["stock_mib"] * 2 == figures()["stock_mib"]
+    assert figures("--page-size", "128")["page_size"] == 128
+    assert figures("--schedule", "var-512")["prefix_tokens"] == 1216
+
+
+def test_plan_draws(capsys, tmp_path):
+    code, out, _ = run(
+        capsys, "plan", "--model", "var-d16", "--policy", "sink:2,1", "--plot", str(tmp_path / "p" / "plan.png")
+    )
+    assert code == 0
+    assert str(tmp_path) in out
+    assert (tmp_path / "p" / "plan.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    torch.manual_seed(0)
+    var = VAR(VARConfig(schedule=SCHEDULE, **VAR_SIZES))
+    vae = VQVAE(VQVAEConfig(schedule=SCHEDULE, **{**VAE_SIZES, "ch_mult": (1, 1)}))
+    save(tmp_path / "var.safetensors", var, VAR_SIZES, SCHEDULE)
+    save(tmp_path / "vae.safetensors", vae, VAE_SIZES, SCHEDULE)
+    return tmp_path
+
+
+def test_checkpoints_come_back(checkpoints):
+    var, vae = load(checkpoints / "var.safetensors", checkpoints / "vae.safetensors")
+    assert var.config.schedule == vae.config.schedule == SCHEDULE
+    assert not any(p.requires_grad for p in var.parameters())
+
+
+def test_calibrate_writes_what_plan_and_policies_read(checkpoints, capsys):
+    out_file, picture = checkpoints / "c.json", checkpoints / "c.png"
+    code, out, _ = run(
+        capsys, "calibrate", "--var", str(checkpoints / "var.safetensors"), "--vae",
+        str(checkpoints / "vae.safetensors"), "--count", "1", "--images", "4", "--batch", "3",
+        "--out", str(out_file), "--plot", str(picture),
+    )  # fmt: skip
+    assert code == 0, out
+    raw = json.loads(out_file.read_text())
+    assert (len(raw["similarity"]), len(raw["similarity"][0]), raw["images"]) == (2, 4, 4)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["plan", "--model", "var-d99", "--policy", "full"], "model 'var-d99' is not known; known: var-d16"),
+        (["plan", "--model", "var-d30", "--policy", "magic"], "policy 'magic' is not known; known: full"),
+        (["plan", "--model", "var-d30", "--policy", "full", "--images", "0"], "images is 0; it must be at least 1"),
+        (["plan", "--model", "var-d30", "--policy", "full", "--images", "many"], "invalid int value: 'many'"),
+        (["plan", "--model", "var-d30", "--policy", "full", "--dtype", "int8"], "dtype is 'int8'; it must be one of"),
+        (["plan", "--model", "var-d30", "--policy", "full", "--page-size", "17"], "page_size is 17"),
+        (["plan", "--model", "var-d30", "--policy", "full", "--schedule", "x"], "schedule 'x' is not a published one"),
+        (["plan", "--model", "var-d30"], "required: --policy"),
+        (["frobnicate"], "invalid choice: 'frobnicate'"),
+        (["calibrate", "--var", "no.pth", "--vae", "no.pth"], "give --theta or --count"),
+        (["calibrate", "--var", "no.pth", "--vae", "no.pth", "--count", "1"], "no.pth cannot be read"),
+        (
+            ["calibrate", "--var", "no.safetensors", "--vae", "x", "--count", "1"],
+            "no.safetensors cannot be read",
+        ),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(capsys, argv, message):
+    code, out, err = run(capsys, *argv)
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert err.startswith("amskv: ")
+    assert err.count("\n") == 1
+
+
+def test_a_pth_needs_its_model_named(checkpoints, capsys):
+    var, _ = load(checkpoints / "var.safetensors", checkpoints / "vae.safetensors")
+    torch.save(var.state_dict(), checkpoints / "var.pth")
+    argv = ["calibrate", "--var", str(checkpoints / "var.pth"), "--vae", str(checkpoints / "vae.safetensors")]
+    code, _, err = run(capsys, *argv, "--count", "1")
+    assert code == 2
+    assert "does not carry its sizes; say which model it is" in err
+
+
+def test_a_corrupt_checkpoint_is_named(checkpoints, capsys):
+    path = checkpoints / "var.safetensors"
+    path.write_bytes(path.read_bytes()[:500])
+    code, _, err = run(
+        capsys, "calibrate", "--var", str(path), "--vae", str(checkpoints / "vae.safetensors"), "--count", "1"
+    )
+    assert code == 2
+    assert f"{path} cannot be read" in err
+
+
+def test_doctor_tells_backends(capsys):
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    assert "attn on cpu" in out
+    assert json.loads(run(capsys, "doctor", "--json")[1])["versions"]["torch"].startswith(torch.__version__)
+
+
+def test_the_first_screen_says_what_to_do():
+    shown = subprocess.run([sys.executable, "-m", "amskv_kernels"], capture_output=True, text=True, check=True)
+    assert "start here:" in shown.stdout
