@@ -25,7 +25,7 @@ from amskv_kernels.schedule import ScaleSchedule
 @dataclass
 class _Layer:
     capacity: int
-    held: dict[int, list[int]] = field(default_factory=dict)  # scale -> its pages
+    held: dict[int, Slots] = field(default_factory=dict)  # scale -> its pages
     previous: Tensor | None = None  # keys of the scale before, while the layer may still turn demanding
     turned_at: int | None = None
 
@@ -135,7 +135,7 @@ class OnlineKVCache:
             return held  # nothing reads the last scale
         return policy.keep(self.schedule, held, scale, state.capacity)
 
-    def _take(self, number: int) -> list[int]:
+    def _take(self, number: int) -> Slots:
         taken = self._free.take(number)
         arenas, pages, *page = self._pool.shape
         if self._free.count > pages:

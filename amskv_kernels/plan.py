@@ -10,7 +10,7 @@ after an earlier one's, so only a run, not every scale, pays for rounding to who
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -37,10 +37,9 @@ class Extent(NamedTuple):
     rows: int
 
 
-def page_slots(pages: list[int], rows: int, page_size: int) -> Slots:
+def page_slots(pages: Slots, rows: int, page_size: int) -> Slots:
     """Slot entries of `rows` rows stored back to back in `pages`: all full but the last."""
-    table = np.asarray(pages, dtype=np.int32) << ROWS_BITS
-    table += page_size
+    table = (pages << ROWS_BITS) + np.int32(page_size)
     if table.size:
         table[-1] -= len(pages) * page_size - rows
     return table
@@ -50,8 +49,7 @@ def page_slots(pages: list[int], rows: int, page_size: int) -> Slots:
 class _Run:
     """Entries of one layer that die together, stored back to back."""
 
-    dies: int
-    pages: list[int]
+    pages: Slots
     rows: int = 0
 
     def slots(self, page_size: int, first_page: int = 0) -> Slots:
@@ -211,16 +209,16 @@ class Pages:
         self.count = 0
         self.free: list[int] = []
 
-    def take(self, number: int) -> list[int]:
+    def take(self, number: int) -> Slots:
         """`number` pages, new ones where none is free."""
         taken = [heapq.heappop(self.free) for _ in range(min(number, len(self.free)))]
         fresh = range(self.count, self.count + number - len(taken))
         self.count += len(fresh)
-        return [*taken, *fresh]
+        return np.array([*taken, *fresh], dtype=np.int32)
 
-    def give_back(self, pages: Iterable[int]) -> None:
+    def give_back(self, pages: Slots) -> None:
         """Free `pages` for others."""
-        for page in pages:
+        for page in pages.tolist():
             heapq.heappush(self.free, page)
 
     @property
@@ -249,7 +247,7 @@ def _scan(schedule: ScaleSchedule, last_read: npt.NDArray[np.int64], page_size: 
             if dies < 0:
                 writes.append(none)
             else:
-                run = held.setdefault(dies, _Run(dies, []))
+                run = held.setdefault(dies, _Run(none))
                 slots, extents[layer, step] = _store(run, count, page_size, pages)
                 writes.append(slots)
                 tokens_live += count
@@ -271,7 +269,7 @@ def _store(run: _Run, count: int, page_size: int, pages: Pages) -> tuple[Slots, 
     """Add `count` rows to the run: its write slots, and where the rows lie."""
     first_page, first_row = divmod(run.rows, page_size)
     run.rows += count
-    run.pages += pages.take(-(-run.rows // page_size) - len(run.pages))
+    run.pages = np.concatenate([run.pages, pages.take(-(-run.rows // page_size) - len(run.pages))])
     slots = run.slots(page_size, first_page)
     extents = []
     for slot in slots.tolist():

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from amskv_kernels.memory import MIB, STOCK_PAIR_BYTES
+from amskv_kernels.memory import MIB
 from amskv_kernels.plan import CachePlan
 from amskv_kernels.policies import Calibration
 
@@ -46,9 +46,7 @@ def timeline(plans: Mapping[str, CachePlan], token_bytes: Mapping[str, int], tit
     tokens = np.asarray(first.schedule.tokens)
     steps = np.arange(len(tokens))
     stock = np.cumsum(tokens) * first.num_layers * token_bytes["stock"] / MIB
-    axes.step(
-        steps + 1, stock, where="post", color="black", linestyle="--", label=f"stock ({STOCK_PAIR_BYTES} B a pair)"
-    )
+    axes.step(steps + 1, stock, where="post", color="black", linestyle="--", label="stock")
     for name, plan in plans.items():
         calls = steps.repeat(plan.num_layers) + np.tile(np.arange(plan.num_layers), len(steps)) / plan.num_layers
         axes.plot(calls + 1, plan.live.ravel() * token_bytes["ours"] / MIB, label=name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from amskv_kernels.policies.base import Policy, check_layers_exist, layer_set, whole_number
@@ -189,13 +190,18 @@ class AMSKVCapacity(Policy):
         object.__setattr__(self, "demanding_layers", layer_set("demanding_layers", self.demanding_layers))
 
     def visible(self, schedule: ScaleSchedule, layer: int, step: int) -> tuple[int, ...]:
-        capacity = self.c_max if layer in self.demanding_layers else self.c_min
-        held: tuple[int, ...] = ()
-        for scale in range(step):
-            if capacity == self.c_min and self._turns_demanding(schedule, layer, held, scale):
-                capacity = self.c_max
-            held = self.keep(schedule, held, scale, capacity)
-        return held
+        if layer in self.demanding_layers:
+            return _history(self, schedule, self.c_max, None)[step]
+        return _history(self, schedule, self.c_min, None if self.similarity is None else layer)[step]
+
+    def history(self, schedule: ScaleSchedule, capacity: int, layer: int | None) -> tuple[tuple[int, ...], ...]:
+        """What a layer that starts with `capacity` reads at each step; `layer` None: no similarity decides."""
+        held: list[tuple[int, ...]] = [()]
+        for scale in range(len(schedule) - 1):
+            if layer is not None and capacity == self.c_min:
+                capacity = self.c_max if self._turns_demanding(schedule, layer, held[-1], scale) else capacity
+            held.append(self.keep(schedule, held[-1], scale, capacity))
+        return tuple(held)
 
     def _turns_demanding(self, schedule: ScaleSchedule, layer: int, held: tuple[int, ...], scale: int) -> bool:
         if self.similarity is None or self.theta is None or not self.overflows(schedule, held, scale, self.c_min):
@@ -233,6 +239,14 @@ class AMSKVCapacity(Policy):
         check_layers_exist("demanding_layers", self.demanding_layers, num_layers)
         if self.similarity is not None and len(self.similarity) != num_layers:
             raise ValueError(f"similarity has {len(self.similarity)} layers; this model has {num_layers}")
+
+
+@lru_cache(maxsize=256)
+def _history(
+    policy: AMSKVCapacity, schedule: ScaleSchedule, capacity: int, layer: int | None
+) -> tuple[tuple[int, ...], ...]:  # fmt: skip
+    """`AMSKVCapacity.history`, once for all the steps and layers that share it."""
+    return policy.history(schedule, capacity, layer)
 
 
 def _condensed_and_last(cached: Sequence[int], condensed: int, local: int) -> tuple[int, ...]:
