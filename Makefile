@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format readme clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ lint: $(VENV)/ready  ## ruff and mypy
 format: $(VENV)/ready  ## let ruff format and fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+readme: $(VENV)/ready  ## write the tables of README and docs from committed results
+	$(BIN)/python -m benchmarks.readme
 
 clean:  ## remove what was built, the virtual environment too
 	rm -rf $(VENV) build dist demo-out *.egg-info

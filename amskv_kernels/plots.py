@@ -43,13 +43,13 @@ def timeline(plans: Mapping[str, CachePlan], token_bytes: Mapping[str, int], tit
     """
     figure, axes = _axes(8, 4.5)
     first = next(iter(plans.values()))
-    tokens = np.asarray(first.schedule.tokens)
+    tokens, layers = np.asarray(first.schedule.tokens), first.num_layers
     steps = np.arange(len(tokens))
-    stock = np.cumsum(tokens) * first.num_layers * token_bytes["stock"] / MIB
-    axes.step(steps + 1, stock, where="post", color="black", linestyle="--", label="stock")
+    calls = 1 + steps.repeat(layers) + np.tile(np.arange(layers), len(steps)) / layers
+    stock = np.cumsum(tokens.repeat(layers)) * token_bytes["stock"] / MIB
+    axes.plot(calls, stock, color="black", linestyle="--", label="stock")
     for name, plan in plans.items():
-        calls = steps.repeat(plan.num_layers) + np.tile(np.arange(plan.num_layers), len(steps)) / plan.num_layers
-        axes.plot(calls + 1, plan.live.ravel() * token_bytes["ours"] / MIB, label=name)
+        axes.plot(calls, plan.live.ravel() * token_bytes["ours"] / MIB, label=name)
     axes.set_xticks(steps + 1, [f"{h}×{w}" for h, w in first.schedule.sizes])
     axes.set_xlabel("step: the map being drawn, layer by layer")
     axes.set_ylabel("MiB in the cache")

@@ -1,0 +1,227 @@
+"""The same digits from the same seeds under every cache policy: one table, two pictures.
+
+    python -m examples.digits.demo
+
+Stock-style concatenation and `full` give the same digits. The others keep a quarter of the tokens or less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+from tqdm import tqdm
+
+from amskv_kernels import CachePlan, PagedKVCache, parse_policy, plots
+from amskv_kernels.memory import MIB
+from amskv_kernels.models import VAR, ConcatKVCache
+from amskv_kernels.models.var import Attention
+from examples.digits.data import accuracy
+from examples.digits.model import CALIBRATION, SAMPLING, load
+
+AMS_KV = tuple(f"ams-kv:{percent}@{CALIBRATION}" for percent in (75, 84.83))
+POLICIES = ("full", *AMS_KV, "sink:2,1", "sliding:1")
+PAIR_BYTES = 8  # the demo runs in fp32, stock cache and pages alike
+SHOWN = 20  # digits on the contact sheet
+
+
+@dataclass
+class Contestant:
+    """One cache and what came of it."""
+
+    name: str
+    plan: CachePlan | None  # None is stock's concatenation
+    seconds: list[float] = field(default_factory=list)  # of self-attention, a batch each
+    images: list[Tensor] = field(default_factory=list)
+    tokens: list[Tensor] = field(default_factory=list)
+
+
+class Timed:
+    """Measures the time spent inside another attention."""
+
+    def __init__(self, inner: Attention) -> None:
+        self.inner, self.seconds = inner, 0.0
+        self.keeps_fp32_keys = getattr(inner, "keeps_fp32_keys", False)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+        """What the inner attention gives."""
+        start = time.perf_counter()
+        out = self.inner.attend(layer, q, k, v, softmax_scale)
+        self.seconds += time.perf_counter() - start
+        return out
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table; bytes are those of one batch, in MiB."""
+
+    policy: str
+    tokens_per_layer: float
+    retained_mib: float
+    peak_mib: float
+    retained_share: float
+    attention_seconds: float
+    attention_share: float
+    accuracy: float
+    same_tokens: float
+    psnr_db: float | None  # None: identical
+
+
+def contestants(var: VAR) -> list[Contestant]:
+    """Stock first, then every policy with its plan."""
+    config = var.config
+    plans = {
+        text.partition("@")[0]: CachePlan.build(
+            config.schedule, parse_policy(text, config.schedule, config.depth), config.depth
+        )
+        for text in POLICIES
+    }
+    return [Contestant("stock", None), *(Contestant(name, plan) for name, plan in plans.items())]
+
+
+def run(images: int, batch: int) -> tuple[list[Contestant], Tensor, VAR]:
+    """Draw the same digits under every policy; order reversed on every other batch."""
+    var, vae = load()
+    config, runners = var.config, contestants(var)
+    labels = torch.arange(images) % config.num_classes
+    parts = labels.split(batch)
+    with tqdm(total=len(parts) * len(runners) * len(config.schedule), unit="step", desc="drawing") as bar:
+        for i, part in enumerate(parts):
+            for runner in runners[:: -1 if i % 2 else 1]:
+                cache: Attention = ConcatKVCache()
+                if runner.plan is not None:
+                    cache = PagedKVCache(
+                        runner.plan, batch=2 * len(part), kv_heads=config.num_heads, head_dim=config.head_dim,
+                        dtype=torch.float32,
+                    )  # fmt: skip
+                timed, rng = Timed(cache), torch.Generator().manual_seed(1000 + i)
+                drawn = var.generate(
+                    vae, part, timed, generator=rng, progress=lambda *_: bar.update() and None, **SAMPLING
+                )
+                runner.seconds.append(timed.seconds)
+                runner.images.append(drawn.images)
+                runner.tokens.append(drawn.tokens)
+    return runners, labels, var
+
+
+def table(runners: Sequence[Contestant], labels: Tensor, batch: int, var: VAR) -> list[Row]:
+    """The rows, everything relative to stock (bytes, time) and to the full cache (tokens, pictures)."""
+    config = var.config
+    schedule, layers = config.schedule, config.depth
+    token_mib = 2 * batch * config.num_heads * config.head_dim * PAIR_BYTES / MIB
+    # While stock concatenates its last layer's last scale, that layer's old copy is still there.
+    stock_tokens, stock_peak = schedule.total * layers, schedule.total * layers + schedule.prefix
+    full = next(runner for runner in runners if runner.name == "full")
+    images, tokens = torch.cat(full.images), torch.cat(full.tokens)
+    stock_seconds = sum(runners[0].seconds)
+    rows = []
+    for runner in runners:
+        held = stock_tokens if runner.plan is None else runner.plan.retained_tokens
+        peak = stock_peak if runner.plan is None else runner.plan.peak_tokens
+        own = torch.cat(runner.images)
+        error = (own - images).square().flatten(1).mean(1)
+        psnr = None if float(error.max()) < 1e-9 else float((-10 * error.clamp_min(1e-9).log10()).mean())
+        rows.append(
+            Row(
+                policy=runner.name,
+                tokens_per_layer=held / layers,
+                retained_mib=held * token_mib,
+                peak_mib=peak * token_mib,
+                retained_share=held / stock_tokens,
+                attention_seconds=sum(runner.seconds),
+                attention_share=sum(runner.seconds) / stock_seconds,
+                accuracy=accuracy(own, labels),
+                same_tokens=float((torch.cat(runner.tokens) == tokens).float().mean()),
+                psnr_db=psnr,
+            )
+        )
+    return rows
+
+
+def render(rows: Sequence[dict], style: str = "simple") -> str:
+    """Rows, as `asdict` gives them, as a table for people."""
+    lines = [
+        (
+            row["policy"],
+            f"{row['tokens_per_layer']:.1f}",
+            f"{row['retained_mib']:.1f} ({row['retained_share']:.0%})",
+            f"{row['peak_mib']:.1f}",
+            f"{row['attention_share']:.2f}×",
+            f"{row['accuracy']:.1%}",
+            f"{row['same_tokens']:.1%}",
+            "identical" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB",
+        )
+        for row in rows
+    ]
+    headers = (
+        "policy", "tokens / layer", "KV MiB (of stock)", "peak MiB", "attention time", "recognised", "same tokens",
+        "PSNR",
+    )  # fmt: skip
+    return tabulate(lines, headers=headers, tablefmt=style, disable_numparse=True, colalign=("left", *["right"] * 7))
+
+
+def contact_sheet(runners: Sequence[Contestant], path: Path) -> None:
+    """The first digits, one row a policy."""
+    from matplotlib import pyplot
+
+    strips = [torch.cat(list(torch.cat(r.images)[:SHOWN]), dim=2).mean(0).numpy() for r in runners]
+    figure, axes = pyplot.subplots(
+        len(strips), 1, figsize=(SHOWN * 0.55, len(strips) * 0.62), dpi=110, layout="constrained"
+    )
+    for axis, strip, runner in zip(axes, strips, runners, strict=True):
+        axis.imshow(strip, cmap="gray_r", vmin=0, vmax=1)
+        axis.set_ylabel(runner.name, rotation=0, ha="right", va="center")
+        axis.set_xticks([])
+        axis.set_yticks([])
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    figure.savefig(path, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def machine() -> dict[str, str]:
+    """What ran the demo."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {"cpu": f"{model}, {torch.get_num_threads()} threads", "torch": torch.__version__, "dtype": "fp32"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=100, help="digits per policy (default 100)")
+    parser.add_argument("--batch", type=int, default=50, help="images at once (default 50)")
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder to write to (default demo-out)")
+    args = parser.parse_args(argv)
+    if args.images < SHOWN or not 1 <= args.batch <= args.images:
+        parser.error(f"--images must be at least {SHOWN}, and --batch between 1 and --images")
+    args.out.mkdir(parents=True, exist_ok=True)
+    runners, labels, var = run(args.images, args.batch)
+    rows = [asdict(row) for row in table(runners, labels, args.batch, var)]
+    result = {"machine": machine(), "images": args.images, "batch": args.batch, "sampling": SAMPLING, "rows": rows}
+    (args.out / "demo.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    contact_sheet(runners, args.out / "contact-sheet.png")
+    token_bytes = 2 * args.batch * var.config.num_heads * var.config.head_dim * PAIR_BYTES
+    plots.timeline(
+        {runner.name: runner.plan for runner in runners if runner.plan is not None},
+        {"ours": token_bytes, "stock": token_bytes},
+        f"Cache of {args.batch} digits with guidance, fp32",
+        args.out / "timeline.png",
+    )
+    print(f"\n{args.images} digits, cfg {SAMPLING['cfg']}, on {result['machine']['cpu']}\n\n{render(rows)}\n")
+    print(f"pictures  {args.out / 'contact-sheet.png'}  {args.out / 'timeline.png'}")
+    print(f"figures   {args.out / 'demo.json'}")
+    print("next      .venv/bin/amskv plan --model var-d30 --policy ams-kv:75 --images 64")
+
+
+if __name__ == "__main__":
+    main()
