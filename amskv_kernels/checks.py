@@ -9,6 +9,7 @@ from torch import Tensor
 
 from amskv_kernels.layout import HEAD_DIMS, PAGE_SIZES, ROWS_BITS, ROWS_MASK
 
+SCORE_MODES = ("softmax", "sum_logits")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -19,18 +20,10 @@ def check_attn(
     """Raise TypeError (dtype) or ValueError (anything else) for arguments that `attn` cannot take."""
     _check_rows("q", q, "(B, n, H, D)")
     _check_current(k, v, pages, arena)
-    if q.dtype != k.dtype:
-        raise TypeError(f"q is {q.dtype}; it must be {k.dtype}, as k")
-    if q.device != k.device:
-        raise ValueError(f"q is on {q.device}; it must be on {k.device}, as k")
-    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q has shape {_shape(q)}; its B, n and D must be those of k, which has shape {_shape(k)}")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"q has {q.shape[2]} heads; they must be a multiple of the {k.shape[2]} KV heads of k")
+    _check_queries("q", q, k, same_rows=True)
     _check_slots("read_slots", read_slots, k)
     _check_slots("write_slots", write_slots, k)
-    if not (math.isfinite(softmax_scale) and softmax_scale > 0):
-        raise ValueError(f"softmax_scale is {softmax_scale}; it must be finite and above 0")
+    _check_scale(softmax_scale)
 
 
 def check_append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:
@@ -76,6 +69,118 @@ def check_tables(pages: Tensor, arena: Tensor, read_slots: Tensor, write_slots: 
             f"page {int(read_page[clash][0])} is both read and written in one call; read_slots and write_slots must "
             f"not name the same rows"
         )
+
+
+def check_prepare_qk(
+    qkv: Tensor, kv_heads: int, q_scale: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float
+) -> None:  # fmt: skip
+    """Raise TypeError (dtype) or ValueError (anything else) for arguments that `prepare_qk` cannot take."""
+    _check_rows("qkv", qkv, "(B, n, H + 2·Hkv, D)")
+    _, n, rows, head_dim = qkv.shape
+    heads = rows - 2 * kv_heads
+    if kv_heads < 1 or heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"kv_heads is {kv_heads}; the {rows} heads of qkv must be H + 2·kv_heads with H a multiple of kv_heads"
+        )
+    if (cos is None) != (sin is None):
+        raise ValueError("cos and sin must be given together, or neither")
+    tables = (("q_scale", q_scale, (heads,)), ("cos", cos, (n, head_dim // 2)), ("sin", sin, (n, head_dim // 2)))
+    for name, table, shape in tables:
+        if table is None:
+            continue
+        if table.dtype != torch.float32:
+            raise TypeError(f"{name} is {table.dtype}; it must be torch.float32")
+        if table.device != qkv.device:
+            raise ValueError(f"{name} is on {table.device}; it must be on {qkv.device}, as qkv")
+        if tuple(table.shape) != shape:
+            raise ValueError(f"{name} has shape {_shape(table)}; it must be {shape}")
+        if not table.is_contiguous():
+            raise ValueError(f"{name} has strides {tuple(table.stride())}; it must be contiguous")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps is {eps}; it must be finite and not below 0")
+
+
+def check_window_scores(
+    q_window: Tensor, k: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, softmax_scale: float, mode: str
+) -> None:  # fmt: skip
+    """Raise TypeError (dtype) or ValueError (anything else) for arguments that `window_scores` cannot take."""
+    _check_rows("q_window", q_window, "(B, W, H, D)")
+    _check_current(k, k, pages, arena)
+    _check_queries("q_window", q_window, k, same_rows=False)
+    _check_slots("read_slots", read_slots, k)
+    _check_scale(softmax_scale)
+    if mode not in SCORE_MODES:
+        raise ValueError(f"mode is {mode!r}; it must be one of {SCORE_MODES}")
+
+
+def check_compact(
+    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor
+) -> None:  # fmt: skip
+    """Raise TypeError (dtype) or ValueError (anything else) for arguments that `compact` cannot take."""
+    _check_current(k, v, pages, arena)
+    _check_slots("src_slots", src_slots, k)
+    _check_slots("dst_slots", dst_slots, k)
+    if keep.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"keep is {keep.dtype}; it must be torch.int32 or torch.int64")
+    if keep.device != k.device:
+        raise ValueError(f"keep is on {keep.device}; it must be on {k.device}, as k")
+    if keep.dim() != 3 or keep.shape[0] != k.shape[0] or keep.shape[1] != k.shape[2]:
+        raise ValueError(
+            f"keep has shape {_shape(keep)}; it must be (B, Hkv, M) with B, Hkv = {k.shape[0]}, {k.shape[2]}"
+        )
+    if not keep.is_contiguous():
+        raise ValueError(f"keep has strides {tuple(keep.stride())}; it must be contiguous")
+
+
+def check_keep(
+    pages: Tensor, arena: Tensor, src_slots: Tensor, keep: Tensor, dst_slots: Tensor, n: int
+) -> None:  # fmt: skip
+    """Raise ValueError for tables of `compact` that point outside, overlap, or keep rows that are not there.
+
+    Reads them on the host, as `check_tables`.
+    """
+    num_pages, _, page_size, _ = pages.shape
+    src_page, src_rows = _named("src_slots", arena, src_slots, num_pages, page_size)
+    dst_page, dst_rows = _named("dst_slots", arena, dst_slots, num_pages, page_size)
+    wrong = dst_rows.sum(-1) != keep.shape[2]
+    if wrong.any():
+        raise ValueError(
+            f"dst_slots name {int(dst_rows.sum(-1)[wrong][0])} rows; they must name the {keep.shape[2]} of keep"
+        )
+    written = dst_page[dst_rows > 0]
+    if written.unique().numel() != written.numel():
+        raise ValueError("dst_slots name one page twice; every page written must be another one")
+    clash = torch.isin(written, src_page[src_rows > 0])
+    if clash.any():
+        raise ValueError(f"page {int(written[clash][0])} is in src_slots and in dst_slots; it must not be in both")
+    there = (torch.arange(page_size, device=pages.device) < src_rows[..., None]).flatten(2)
+    there = torch.cat([there, there.new_ones(*there.shape[:2], n)], dim=2)
+    inside = (keep >= 0) & (keep < there.shape[2])
+    if not inside.all():
+        raise ValueError(f"keep holds {int(keep[~inside][0])}; the keys have indices 0 … {there.shape[2] - 1}")
+    absent = ~there.gather(2, keep.long())
+    if absent.any():
+        raise ValueError(f"keep holds {int(keep[absent][0])}, a row that src_slots do not name")
+    if (keep.diff(dim=-1) <= 0).any():
+        raise ValueError("keep does not ascend; its indices must ascend, each once")
+
+
+def _check_queries(name: str, q: Tensor, k: Tensor, same_rows: bool) -> None:
+    if q.dtype != k.dtype:
+        raise TypeError(f"{name} is {q.dtype}; it must be {k.dtype}, as k")
+    if q.device != k.device:
+        raise ValueError(f"{name} is on {q.device}; it must be on {k.device}, as k")
+    dims = (0, 1, 3) if same_rows else (0, 3)
+    if any(q.shape[i] != k.shape[i] for i in dims):
+        which = "B, n and D" if same_rows else "B and D"
+        raise ValueError(f"{name} has shape {_shape(q)}; its {which} must be those of k, which has shape {_shape(k)}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{name} has {q.shape[2]} heads; they must be a multiple of the {k.shape[2]} KV heads of k")
+
+
+def _check_scale(softmax_scale: float) -> None:
+    if not (math.isfinite(softmax_scale) and softmax_scale > 0):
+        raise ValueError(f"softmax_scale is {softmax_scale}; it must be finite and above 0")
 
 
 def _named(

@@ -13,16 +13,32 @@ import torch
 from torch import Tensor
 
 from amskv_kernels import torch_ops
-from amskv_kernels.checks import check_append, check_attn, check_tables, refuse_gradients
+from amskv_kernels.checks import (
+    check_append,
+    check_attn,
+    check_compact,
+    check_keep,
+    check_prepare_qk,
+    check_tables,
+    check_window_scores,
+    refuse_gradients,
+)
+from amskv_kernels.triton_ops import backend as triton_backend
 
 SCHEMAS = {
     "attn": "(Tensor q, Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor read_slots, Tensor write_slots, "
     "float softmax_scale) -> (Tensor, Tensor)",
     "append": "(Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor write_slots) -> ()",
+    "prepare_qk": "(Tensor qkv, int kv_heads, Tensor? q_scale=None, Tensor? cos=None, Tensor? sin=None, "
+    "bool l2norm=False, float eps=1e-12) -> (Tensor, Tensor)",
+    "window_scores": "(Tensor q_window, Tensor k, Tensor pages, Tensor arena, Tensor read_slots, "
+    'float softmax_scale, str mode="softmax") -> Tensor',
+    "compact": "(Tensor(a!) pages, Tensor arena, Tensor src_slots, Tensor k, Tensor v, Tensor keep, "
+    "Tensor dst_slots) -> ()",
 }
 
 # Implementations, the one to prefer first; each module has one function per op it serves.
-_BACKENDS: dict[str, ModuleType] = {"torch": torch_ops}
+_BACKENDS: dict[str, ModuleType] = {"triton": triton_backend, "torch": torch_ops}
 _settings: dict[str, object] = {"backend": "auto", "debug": False}
 
 
@@ -79,17 +95,19 @@ def choose(op: str, device_type: str) -> Choice:
     for name, module in _BACKENDS.items():
         if forced not in ("auto", name):
             continue
-        missing = _missing(module, op, device_type)
+        missing = _missing(module, op, device_type, forced == name)
         if missing is None:
             return Choice(name, "forced" if forced == name else "; ".join([*passed_over, "the first that serves it"]))
         passed_over.append(f"{name}: {missing}")
     raise RuntimeError(f"backend {forced!r} cannot serve {op} on {device_type}: {'; '.join(passed_over)}")
 
 
-def _missing(module: ModuleType, op: str, device_type: str) -> str | None:
+def _missing(module: ModuleType, op: str, device_type: str, forced: bool) -> str | None:
+    """Why a backend does not serve an op, None if it does."""
     if not hasattr(module, op):
         return f"has no {op}"
-    return None
+    unavailable = getattr(module, "unavailable", None)
+    return None if unavailable is None else unavailable(device_type, forced)
 
 
 def attn(
@@ -141,6 +159,92 @@ def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tens
     module.append(k, v, pages, arena, write_slots)
 
 
+def prepare_qk(
+    qkv: Tensor, kv_heads: int, q_scale: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
+    l2norm: bool = False, eps: float = 1e-12,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What a model does to q and k before attention, in one pass and in fp32: `torch.ops.amskv.prepare_qk`.
+
+    L2 norm of each head (as `torch.nn.functional.normalize`), q times its head's scale, rotation of the pairs
+    (2i, 2i + 1) by the token's angles; each only if asked for, rounded once at the end.
+
+    Args:
+        qkv: (B, n, H + 2 · Hkv, D): the heads of q, then of k, then of v; any strides whose last is 1. VAR's
+            (B, n, 3, H, D) is this with Hkv = H after `flatten(2, 3)`.
+        kv_heads: Hkv.
+        q_scale: (H,) fp32.
+        cos: (n, D / 2) fp32, see `amskv_kernels.rope.rope2d_tables`.
+        sin: as cos.
+        l2norm: whether q and k are normalised.
+        eps: the least norm divided by.
+
+    Returns:
+        q (B, n, H, D) and k (B, n, Hkv, D), contiguous, qkv's dtype. v needs nothing: slice it.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong device, shape, stride or head count.
+    """
+    check_prepare_qk(qkv, kv_heads, q_scale, cos, sin, eps)
+    refuse_gradients(qkv)
+    module = _BACKENDS[choose("prepare_qk", qkv.device.type).backend]
+    return module.prepare_qk(qkv, kv_heads, q_scale, cos, sin, l2norm, eps)
+
+
+def window_scores(
+    q_window: Tensor, k: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor,
+    softmax_scale: float, mode: str = "softmax",
+) -> Tensor:  # fmt: skip
+    """How much an observation window of queries attends to each key, for token policies.
+
+    Keys stand in this order: page_size rows of every entry of `read_slots`, named or not, then the rows of k.
+
+    Args:
+        q_window: (B, W, H, D), k's dtype; usually 16 queries spread over the current scale.
+        k: (B, n, Hkv, D), pages, arena, read_slots: as for `attn`.
+        softmax_scale: finite and above 0.
+        mode: "softmax" sums each query's probabilities over all keys, "sum_logits" its scaled logits.
+
+    Returns:
+        (B, Hkv, S · page_size + n) fp32: summed over the window and over the query heads of a KV head; −inf for
+        rows that no entry names.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong device, shape, stride, head count, mode or slot table.
+    """
+    check_window_scores(q_window, k, pages, arena, read_slots, softmax_scale, mode)
+    refuse_gradients(q_window, k)
+    if _settings["debug"]:
+        check_tables(pages, arena, read_slots, read_slots[..., :0].contiguous(), k.shape[1])
+    module = _BACKENDS[choose("window_scores", k.device.type).backend]
+    return module.window_scores(q_window, k, pages, arena, read_slots, softmax_scale, mode)
+
+
+def compact(
+    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor
+) -> None:  # fmt: skip
+    """Copy chosen rows of [history, k and v] into fresh pages: `torch.ops.amskv.compact`.
+
+    Args:
+        pages: as for `attn`.
+        arena: as for `attn`.
+        src_slots: the history, as `window_scores` took it.
+        k: (B, n, Hkv, D), the current rows.
+        v: as k.
+        keep: (B, Hkv, M) int32 or int64, ascending: the keys to keep, counted as `window_scores` orders them.
+        dst_slots: (B|1, Hkv|1, S) int32; they name M rows, in pages that src_slots do not name. The rest of every
+            page becomes zero.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong device, shape, stride or table.
+    """
+    check_compact(pages, arena, src_slots, k, v, keep, dst_slots)
+    refuse_gradients(k, v)
+    if _settings["debug"]:
+        check_keep(pages, arena, src_slots, keep, dst_slots, k.shape[1])
+    module = _BACKENDS[choose("compact", k.device.type).backend]
+    module.compact(pages, arena, src_slots, k, v, keep, dst_slots)
+
+
 def _fake_attn(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
     read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
@@ -154,7 +258,38 @@ def _fake_append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots
     check_append(k, v, pages, arena, write_slots)
 
 
-for _name, _real, _fake in (("attn", attn, _fake_attn), ("append", append, _fake_append)):
+def _fake_prepare_qk(
+    qkv: Tensor, kv_heads: int, q_scale: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
+    l2norm: bool = False, eps: float = 1e-12,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_prepare_qk(qkv, kv_heads, q_scale, cos, sin, eps)
+    batch, n, rows, head_dim = qkv.shape
+    return qkv.new_empty(batch, n, rows - 2 * kv_heads, head_dim), qkv.new_empty(batch, n, kv_heads, head_dim)
+
+
+def _fake_window_scores(
+    q_window: Tensor, k: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor,
+    softmax_scale: float, mode: str = "softmax",
+) -> Tensor:  # fmt: skip
+    check_window_scores(q_window, k, pages, arena, read_slots, softmax_scale, mode)
+    keys = read_slots.shape[2] * pages.shape[2] + k.shape[1]
+    return k.new_empty(k.shape[0], k.shape[2], keys, dtype=torch.float32)
+
+
+def _fake_compact(
+    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor
+) -> None:  # fmt: skip
+    check_compact(pages, arena, src_slots, k, v, keep, dst_slots)
+
+
+for _real, _fake in (
+    (attn, _fake_attn),
+    (append, _fake_append),
+    (prepare_qk, _fake_prepare_qk),
+    (window_scores, _fake_window_scores),
+    (compact, _fake_compact),
+):
+    _name = _real.__name__
     torch.library.define(f"amskv::{_name}", SCHEMAS[_name])
     torch.library.impl(f"amskv::{_name}", ("cpu", "cuda"), _real)
     torch.library.register_fake(f"amskv::{_name}", _fake)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from amskv_kernels.checks import check_tables
+from amskv_kernels.checks import check_keep, check_tables
 from amskv_kernels.layout import ROWS_BITS, ROWS_MASK
 
 
@@ -42,6 +42,76 @@ def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tens
     if pages.device.type == "cpu":
         check_tables(pages, arena, write_slots[..., :0], write_slots, k.shape[1])
     _store(k, v, pages, arena, write_slots)
+
+
+def prepare_qk(
+    qkv: Tensor, kv_heads: int, q_scale: Tensor | None, cos: Tensor | None, sin: Tensor | None, l2norm: bool, eps: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `amskv_kernels.ops.prepare_qk`."""
+    heads = qkv.shape[2] - 2 * kv_heads
+    q, k = qkv.float()[:, :, : heads + kv_heads].split([heads, kv_heads], dim=2)
+    if l2norm:
+        q, k = (torch.nn.functional.normalize(x, dim=-1, eps=eps) for x in (q, k))
+    if q_scale is not None:
+        q = q * q_scale[:, None]
+    if cos is not None and sin is not None:
+        q, k = (_rotate(x, cos[:, None], sin[:, None]) for x in (q, k))
+    out_q, out_k = (x.new_empty(x.shape, dtype=qkv.dtype) for x in (q, k))
+    return out_q.copy_(q), out_k.copy_(k)
+
+
+def window_scores(
+    q_window: Tensor, k: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, softmax_scale: float, mode: str
+) -> Tensor:  # fmt: skip
+    """See `amskv_kernels.ops.window_scores`."""
+    batch, window, _, head_dim = q_window.shape
+    kv_heads = k.shape[2]
+    if pages.device.type == "cpu":
+        check_tables(pages, arena, read_slots, read_slots[..., :0], k.shape[1])
+    first, named = _padded_rows(pages, arena, read_slots)
+    history = pages.view(-1, head_dim)[torch.where(named, first, 0)]
+    keys = torch.cat([history, k.transpose(1, 2)], dim=2).float()  # [B, Hkv, N, D]
+    grouped = q_window.float().view(batch, window, kv_heads, -1, head_dim).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    logits = (grouped @ keys.mT) * softmax_scale  # [B, Hkv, W·G, N]
+    absent = torch.cat([~named, named.new_zeros(batch, kv_heads, k.shape[1])], dim=2)[:, :, None]
+    logits = logits.masked_fill(absent, -torch.inf)
+    if mode == "softmax":
+        logits = logits.softmax(-1)
+    return logits.sum(2).masked_fill(absent[:, :, 0], -torch.inf)
+
+
+def compact(
+    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor
+) -> None:  # fmt: skip
+    """See `amskv_kernels.ops.compact`."""
+    n, head_dim, page_size = k.shape[1], k.shape[3], pages.shape[2]
+    if pages.device.type == "cpu":
+        check_keep(pages, arena, src_slots, keep, dst_slots, n)
+    first, _ = _padded_rows(pages, arena, src_slots)
+    keep, history = keep.long(), first.shape[2]
+    paged = keep < history
+    source = first.gather(2, torch.where(paged, keep, 0)) if history else torch.zeros_like(keep)
+    current = torch.where(paged, 0, keep - history)[..., None].expand(-1, -1, -1, head_dim)
+    pool, kept = pages.view(-1, head_dim), []
+    for x, shift in ((k, 0), (v, page_size)):
+        rows = x.transpose(1, 2).gather(2, current) if n else x.new_zeros(current.shape)
+        kept.append(torch.where(paged[..., None], pool[source + shift], rows).transpose(1, 2))
+    _store(kept[0], kept[1], pages, arena, dst_slots)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (2i, 2i + 1) of the last dimension."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+def _padded_rows(pages: Tensor, arena: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, Hkv, S · page_size) rows in the pool of every row of every entry's page, and whether it is named."""
+    page_size = pages.shape[2]
+    row = torch.arange(page_size, device=slots.device)
+    page = arena.long()[:, :, None] + (slots >> ROWS_BITS)
+    first = (page[..., None] * (2 * page_size) + row).flatten(2)
+    return first, (row < (slots & ROWS_MASK)[..., None]).flatten(2).expand_as(first)
 
 
 def _attend(

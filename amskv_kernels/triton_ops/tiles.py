@@ -1,0 +1,142 @@
+"""Which tile serves which call: one table, with the reason or the measurement beside every line.
+
+A line is chosen from what a launch knows without asking the device: architecture, head size, element size, query
+rows of a KV head (n · G) and the length of the slot table. Nothing is tuned while a process serves;
+`benchmarks/tune.py` measures the candidates on the GPU at hand and prints lines to put here.
+
+Registers, shared memory and instructions named below are those of `make kernel-report`; where no measurement is
+named, there is none yet. Programs per multiprocessor follow from 64k registers and 228 KB (sm_90, sm_100), 164 KB
+(sm_80) or 100 KB (sm_86, sm_89, sm_120) of shared memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """How `attn` is cut for one program.
+
+    Attributes:
+        block_m: query rows.
+        block_n: keys per step.
+        warps: warps of the program.
+        stages: depth of the software pipeline.
+        full_first: full tiles in a loop of their own, unmasked. Pays where arithmetic is the limit; where a call is a
+            few tiles it costs a second start of the pipeline.
+        heads: KV heads packed into the program; 1 is the kernel that takes one.
+        registers: most registers of a thread where no heads are grouped (with G > 1 it would spill), None for the
+            compiler's choice.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    full_first: bool = True
+    heads: int = 1
+    registers: int | None = None
+
+
+class Line(NamedTuple):
+    """The tile of calls with at most `rows` query rows of a KV head and at most `entries` of its slot table."""
+
+    rows: int
+    tile: Tile
+    reason: str
+    entries: int = 1 << 30
+
+
+ANY = 1 << 30
+
+# Few rows: what counts is how many heads' loads are in flight on a multiprocessor.
+_PACKED_64 = Line(
+    16, Tile(16, 16, 4, 1, heads=4, registers=128),
+    "not yet measured: one warp per head; the bound (164 without it) makes it 4 programs, so 16 heads per "
+    "multiprocessor, and still spills nothing", entries=2,
+)  # fmt: skip
+_PACKED_128 = Line(
+    16, Tile(16, 16, 4, 1, heads=2),
+    "not yet measured: two warps per head, 156 registers; one warp per head takes 224 and halves the programs",
+    entries=2,
+)  # fmt: skip
+_ROWS_16 = Line(16, Tile(16, 64, 4, 3, False), "not yet measured: long history; memory-bound, 36 KB in flight each")
+_ROWS_32 = Line(32, Tile(32, 32, 4, 3, False), "not yet measured: memory-bound; 69 registers, 7 programs")
+
+LINES: dict[tuple[int, int], tuple[Line, ...]] = {
+    (80, 64): (
+        _PACKED_64,
+        _ROWS_16,
+        _ROWS_32,
+        Line(128, Tile(64, 32, 4, 3, False), "not yet measured: 128 registers, 4 programs; BLOCK_N 64 takes 183"),
+        Line(ANY, Tile(64, 64, 4, 3), "not yet measured: 189 registers, 2 programs; 128 rows in 4 warps spill"),
+    ),
+    (80, 128): (
+        _PACKED_128,
+        Line(16, Tile(16, 32, 4, 3, False), "not yet measured: long history; 37 KB in flight each"),
+        Line(32, Tile(32, 32, 4, 3, False), "not yet measured: memory-bound"),
+        Line(64, Tile(64, 32, 4, 3, False), "not yet measured: 128 rows would be half padding"),
+        Line(ANY, Tile(128, 64, 8, 3), "not yet measured: 98 KB fit all; 64 rows in 4 warps take 255 registers"),
+    ),
+    (90, 64): (
+        _PACKED_64,
+        _ROWS_16,
+        _ROWS_32,
+        Line(192, Tile(64, 64, 4, 3, False), "not yet measured: 127 registers, 4 programs; n 169 pads 12 %"),
+        Line(ANY, Tile(128, 64, 8, 3), "not yet measured: wgmma, 128 registers, 2 programs; BLOCK_N 128 spills"),
+    ),
+    (90, 128): (
+        _PACKED_128,
+        Line(16, Tile(16, 32, 4, 3, False), "not yet measured: long history; 37 KB in flight each"),
+        Line(32, Tile(32, 32, 4, 3, False), "not yet measured: memory-bound; 128 registers"),
+        Line(192, Tile(64, 32, 4, 3, False), "not yet measured: 168 registers, 3 programs"),
+        Line(ANY, Tile(128, 64, 8, 3), "not yet measured: wgmma, 248 registers, 1 program; BLOCK_N 128 spills"),
+    ),
+    (100, 64): (
+        _PACKED_64,
+        _ROWS_16,
+        _ROWS_32,
+        Line(192, Tile(64, 64, 4, 3, False), "not yet measured: as on sm_90"),
+        Line(ANY, Tile(128, 64, 8, 3), "not yet measured: tcgen05; 4 warps take 254 registers"),
+    ),
+    (100, 128): (
+        _PACKED_128,
+        Line(16, Tile(16, 32, 4, 3, False), "not yet measured: as on sm_90"),
+        Line(32, Tile(32, 32, 4, 3, False), "not yet measured: as on sm_90"),
+        Line(192, Tile(64, 32, 4, 3, False), "not yet measured: as on sm_90"),
+        Line(ANY, Tile(128, 64, 8, 3), "not yet measured: tcgen05, 254 registers; 4 warps spill"),
+    ),
+}  # fmt: skip
+# sm_120 has neither wgmma nor tcgen05 and the shared memory of sm_86: not yet measured.
+LINES |= {(120, 64): LINES[80, 64], (120, 128): LINES[80, 128]}
+
+# fp32 pages are for debugging: no tensor cores, so a tile small enough for registers.
+FP32 = Tile(16, 32, 4, 1, False)
+FAMILIES = (120, 100, 90, 80)
+
+# A share of a head's keys shorter than this does not pay for writing and merging it. Not yet measured: four tiles are
+# as much as the pipeline needs to fill and drain.
+SHARE_TILES = 4
+
+
+def lines(arch: int, head_dim: int) -> tuple[Line, ...]:
+    """The table of the newest family that is not newer than `arch`; heads of 96 are padded to 128."""
+    family = next((family for family in FAMILIES if family <= arch), FAMILIES[-1])
+    return LINES[family, 64 if head_dim <= 64 else 128]
+
+
+def attn_tile(arch: int, head_dim: int, element_size: int, rows: int, entries: int) -> Tile:
+    """The tile of a call: the first line that takes it."""
+    if element_size > 2:
+        return FP32
+    return next(line.tile for line in lines(arch, head_dim) if rows <= line.rows and entries <= line.entries)
+
+
+def split_count(programs: int, tiles: int, processors: int) -> int:
+    """Shares to cut each head's keys into, so that a call with few programs still fills the GPU.
+
+    From shapes alone, so the same call always adds up in the same order.
+    """
+    if programs >= processors:
+        return 1
+    return max(1, min(tiles // SHARE_TILES, 2 * processors // programs))
