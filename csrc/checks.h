@@ -1,0 +1,114 @@
+// The argument checks of amskv_kernels/checks.py, for calls that reach the library without passing Python.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "amskv/amskv.h"
+
+namespace amskv {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Python sees a ValueError.
+template <typename... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+    std::ostringstream message;
+    (message << ... << parts);
+    throw std::invalid_argument(message.str());
+}
+
+inline std::string shape_of(const Tensor& x) {
+    std::string text = "(";
+    for (int64_t i = 0; i < x.dim(); ++i) text += (i ? ", " : "") + std::to_string(x.size(i));
+    return text + ")";
+}
+
+inline void check_rows(const char* name, const Tensor& x, const char* layout) {
+    if (x.dim() != 4) refuse(name, " has ", x.dim(), " dimensions; it must have 4, ", layout);
+    const ScalarType type = x.scalar_type();
+    if (type != ScalarType::Half && type != ScalarType::BFloat16) {
+        refuse(name, " is ", torch::headeronly::toString(type), "; the CUDA library takes Half and BFloat16");
+    }
+    const int64_t head_dim = x.size(3);
+    if (head_dim != 64 && head_dim != 96 && head_dim != 128) {
+        refuse(name, " has head_dim ", head_dim, "; it must be one of (64, 96, 128)");
+    }
+    if (x.size(2) < 1) refuse(name, " has no heads; it must have at least 1");
+    if (x.stride(3) != 1) refuse(name, " has stride ", x.stride(3), " in its last dimension; it must be 1");
+}
+
+inline void check_same(const char* name, const Tensor& x, const char* other_name, const Tensor& other) {
+    if (x.scalar_type() != other.scalar_type()) {
+        refuse(
+            name, " is ", torch::headeronly::toString(x.scalar_type()), "; it must be ",
+            torch::headeronly::toString(other.scalar_type()), ", as ", other_name);
+    }
+    if (x.device() != other.device()) refuse(name, " is on another device than ", other_name);
+}
+
+inline void check_table(const char* name, const Tensor& table, const Tensor& k) {
+    if (table.scalar_type() != ScalarType::Int) {
+        refuse(name, " is ", torch::headeronly::toString(table.scalar_type()), "; it must be Int");
+    }
+    if (table.device() != k.device()) refuse(name, " is on another device than k");
+    if (!table.is_contiguous()) refuse(name, " is not contiguous; it must be");
+}
+
+inline void check_slots(const char* name, const Tensor& slots, const Tensor& k) {
+    check_table(name, slots, k);
+    const auto fits = [&](int64_t axis, int64_t full) { return slots.size(axis) == 1 || slots.size(axis) == full; };
+    if (slots.dim() != 3 || !fits(0, k.size(0)) || !fits(1, k.size(2))) {
+        refuse(
+            name, " has shape ", shape_of(slots), "; it must be (B|1, Hkv|1, S) with B = ", k.size(0),
+            ", Hkv = ", k.size(2));
+    }
+}
+
+// k, v, pages and arena.
+inline void check_current(const Tensor& k, const Tensor& v, const Tensor& pages, const Tensor& arena) {
+    check_rows("k", k, "(B, n, Hkv, D)");
+    check_rows("v", v, "(B, n, Hkv, D)");
+    if (shape_of(v) != shape_of(k)) refuse("v has shape ", shape_of(v), "; it must have that of k, ", shape_of(k));
+    check_same("v", v, "k", k);
+    check_same("pages", pages, "k", k);
+    if (pages.dim() != 4 || pages.size(1) != 2 || pages.size(3) != k.size(3)) {
+        refuse("pages has shape ", shape_of(pages), "; it must be (num_pages, 2, page_size, D = ", k.size(3), ")");
+    }
+    const int64_t page_size = pages.size(2);
+    if (page_size != 16 && page_size != 32 && page_size != 64 && page_size != 128) {
+        refuse("pages has a page_size of ", page_size, "; it must be one of (16, 32, 64, 128)");
+    }
+    if (!pages.is_contiguous()) refuse("pages is not contiguous; it must be");
+    if (reinterpret_cast<uintptr_t>(pages.data_ptr()) % 16 != 0) refuse("pages must begin at a multiple of 16 bytes");
+    check_table("arena", arena, k);
+    if (arena.dim() != 2 || arena.size(0) != k.size(0) || arena.size(1) != k.size(2)) {
+        refuse("arena has shape ", shape_of(arena), "; it must be (B, Hkv) = (", k.size(0), ", ", k.size(2), ")");
+    }
+}
+
+inline void check_attn(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pages, const Tensor& arena,
+    const Tensor& read_slots, const Tensor& write_slots, double softmax_scale) {
+    check_rows("q", q, "(B, n, H, D)");
+    check_current(k, v, pages, arena);
+    check_same("q", q, "k", k);
+    if (q.size(0) != k.size(0) || q.size(1) != k.size(1) || q.size(3) != k.size(3)) {
+        refuse("q has shape ", shape_of(q), "; its B, n and D must be those of k, which has shape ", shape_of(k));
+    }
+    if (q.size(2) % k.size(2) != 0) {
+        refuse("q has ", q.size(2), " heads; they must be a multiple of the ", k.size(2), " KV heads of k");
+    }
+    check_slots("read_slots", read_slots, k);
+    check_slots("write_slots", write_slots, k);
+    if (!std::isfinite(softmax_scale) || softmax_scale <= 0) {
+        refuse("softmax_scale is ", softmax_scale, "; it must be finite and above 0");
+    }
+}
+
+}  // namespace amskv

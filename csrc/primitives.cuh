@@ -1,0 +1,152 @@
+// All inline PTX of the project, a line or two per primitive, and the launch. tests/host gives the same names a
+// host meaning, so shared memory is only reached through these, by its 32-bit address.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "amskv/amskv.h"
+
+namespace amskv {
+
+using SharedAddress = uint32_t;  // bytes, in the shared state space
+
+struct alignas(16) Chunk {  // what one thread moves at a time: 8 elements
+    uint32_t word[4];
+};
+
+struct Half {};      // fp16, IEEE
+struct BFloat16 {};  // bf16
+
+// First byte of the block's dynamic shared memory.
+__device__ __forceinline__ SharedAddress dynamic_shared() {
+    extern __shared__ __align__(128) unsigned char memory[];
+    return static_cast<SharedAddress>(__cvta_generic_to_shared(memory));
+}
+
+// Waits until `threads` threads (whole warps) have come to barrier `id`, and orders their memory accesses.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Waits for the warp's lanes, and orders their memory accesses.
+__device__ __forceinline__ void warp_barrier() { __syncwarp(); }
+
+// Bit i: what lane i passed.
+__device__ __forceinline__ uint32_t ballot(bool value) { return __ballot_sync(~0u, value); }
+
+template <typename V>
+__device__ __forceinline__ V shuffle_xor(V value, int mask) {
+    return __shfl_xor_sync(~0u, value, mask);
+}
+
+__device__ __forceinline__ int shuffle_from(int value, int lane) { return __shfl_sync(~0u, value, lane); }
+
+// The value of the lane `delta` below; a lane that has none gets its own back.
+__device__ __forceinline__ int shuffle_up(int value, int delta) { return __shfl_up_sync(~0u, value, delta); }
+
+// Copies 16 bytes to shared memory without registers; where not `valid`, writes zeros and reads nothing.
+__device__ __forceinline__ void cp_async_16(SharedAddress to, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+
+// Closes this thread's group of copies; a group may be empty.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for all of this thread's groups but the latest kPending. Other threads see the bytes after a barrier.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four 8×8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8, and gets elements
+// (l / 4, 2 (l % 4)) and the next of each.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+// The same, each matrix transposed on the way.
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAddress row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+// d (16×8, fp32) += a (16×16) · b (16×8).
+template <typename T>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+__device__ __forceinline__ void mma_m16n8k16<Half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+__device__ __forceinline__ void mma_m16n8k16<BFloat16>(
+    float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two floats rounded to nearest even, `low` in the low half.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t pack<Half>(float low, float high) {
+    uint32_t packed;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+template <>
+__device__ __forceinline__ uint32_t pack<BFloat16>(float low, float high) {
+    uint32_t packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+// 2^x to two units in the last place, subnormal results 0, 2^−∞ = 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ void store_shared_4(SharedAddress to, uint32_t value) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ Chunk load_shared_16(SharedAddress from) {
+    Chunk c;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(c.word[0]), "=r"(c.word[1]), "=r"(c.word[2]), "=r"(c.word[3])
+                 : "r"(from)
+                 : "memory");
+    return c;
+}
+
+// One kernel launch; blocks may ask for more than the 48 KiB of shared memory that need no asking.
+template <typename Args>
+Error launch(const char*, void (*kernel)(Args), int blocks, int threads, int shared_bytes, Stream stream, Args args) {
+    if (const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+        error != cudaSuccess) {
+        return error;
+    }
+    void* arguments[] = {&args};
+    const void* function = reinterpret_cast<const void*>(kernel);
+    return cudaLaunchKernel(function, dim3(blocks), dim3(threads), arguments, shared_bytes, stream);
+}
+
+}  // namespace amskv

@@ -1,0 +1,116 @@
+"""Builds the CUDA library where it can; everything else about the package stands in pyproject.toml.
+
+One switch, the environment variable AMSKV_CUDA:
+    unset   build the library if an nvcc is found (CUDA_HOME, PATH, /usr/local/cuda), else go without it
+    0       go without it: the Triton and CPU backends need no compiler
+    1       build it; fail if there is no nvcc
+    pip     build it with nvcc and CUDA's headers from their PyPI packages
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+TORCH = "torch>=2.10"
+BUILD_TOOLS = ["cmake>=3.27", "ninja>=1.11"]
+# One major version: its minor ones run on each other's drivers.
+CUDA_FROM_PIP = [f"nvidia-{part}==13.*" for part in ("cuda-nvcc", "cuda-crt", "cuda-runtime", "nvvm")]
+
+
+def say(message: str) -> None:
+    print(f"amskv_kernels: {message}", file=sys.stderr)
+
+
+def find_nvcc() -> Path | None:
+    """The toolkit's own nvcc."""
+    roots = [Path(os.environ["CUDA_HOME"]) / "bin"] if "CUDA_HOME" in os.environ else []
+    on_path = shutil.which("nvcc")
+    candidates = [
+        *(root / "nvcc" for root in roots),
+        *([Path(on_path)] if on_path else []),
+        Path("/usr/local/cuda/bin/nvcc"),
+    ]
+    return next((c for c in candidates if c.exists()), None)
+
+
+def find_pip_nvcc() -> Path:
+    """The nvcc of the PyPI packages, which unpack side by side under nvidia/cu<major>."""
+    for site in dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path]):
+        for nvcc in sorted(Path(site).glob("nvidia/cu*/bin/nvcc")):
+            return nvcc
+    raise SystemExit(f"AMSKV_CUDA=pip, but no nvcc is installed: pip install {' '.join(CUDA_FROM_PIP)}")
+
+
+def find_tool(name: str) -> str:
+    """A build tool, this Python's own before the system's, which may be too old."""
+    found = shutil.which(name, path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
+    if found is None:
+        raise SystemExit(f"building the CUDA library needs {name}: pip install {' '.join(map(repr, BUILD_TOOLS))}")
+    return found
+
+
+def wanted() -> bool:
+    """Whether to build the library."""
+    switch = os.environ.get("AMSKV_CUDA", "")
+    if switch not in ("", "0", "1", "pip"):
+        raise SystemExit(f"AMSKV_CUDA is {switch!r}; it must be 0, 1, pip or unset")
+    if switch == "" and find_nvcc() is None:
+        say("no nvcc found, so no CUDA library; the Triton and CPU backends remain (AMSKV_CUDA=pip fetches nvcc)")
+    if switch == "1" and find_nvcc() is None:
+        raise SystemExit("AMSKV_CUDA=1, but no nvcc in CUDA_HOME, PATH or /usr/local/cuda; AMSKV_CUDA=pip fetches one")
+    return switch in ("1", "pip") or (switch == "" and find_nvcc() is not None)
+
+
+def build_requirements() -> list[str]:
+    if not wanted():
+        return []
+    return [TORCH, *BUILD_TOOLS, *(CUDA_FROM_PIP if os.environ.get("AMSKV_CUDA") == "pip" else [])]
+
+
+class BuildLibrary(build_ext):
+    """Runs CMake and puts libamskv.so into the package."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def build_extension(self, ext: Extension) -> None:
+        import torch
+
+        from_pip = os.environ.get("AMSKV_CUDA") == "pip"
+        nvcc = find_pip_nvcc() if from_pip else find_nvcc()
+        say(f"building the CUDA library with {nvcc}")
+        tree = ROOT / "build" / ("cuda-pip" if from_pip else "cuda")
+        configure = [
+            find_tool("cmake"), "-S", str(ROOT), "-B", str(tree), "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}", f"-DCMAKE_CUDA_COMPILER={nvcc}",
+            f"-DAMSKV_TORCH_ROOT={Path(torch.__file__).parent}", f"-DPython3_EXECUTABLE={sys.executable}",
+        ]  # fmt: skip
+        for command in (configure, [configure[0], "--build", str(tree), "--target", "amskv_torch"]):
+            subprocess.run(command, check=True)
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(tree / "libamskv.so", target)
+
+
+class AnyPythonWheel(bdist_wheel):
+    """The library sees no Python: its wheel depends on the platform alone."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+setup(
+    ext_modules=[Extension("amskv_kernels.libamskv", sources=[])] if wanted() else [],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel},
+    setup_requires=build_requirements() if "egg_info" in sys.argv else [],
+)

@@ -1,0 +1,155 @@
+"""Random calls of attn with everything odd about them, and the check of a result against fp64."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from amskv_kernels import reference, torch_ops
+from amskv_kernels.layout import ROWS_BITS
+
+SHARED_BYTES = 163 * 1024  # of an sm_80 block
+
+
+@dataclass
+class Case:
+    """Shapes of a call. `history` has the rows of each page read, `grow` the rows the first written page holds."""
+
+    n: int = 9
+    batch: int = 2
+    heads: int = 2
+    kv_heads: int = 2
+    head_dim: int = 64
+    page_size: int = 16
+    history: tuple[int, ...] = (16, 5)
+    grow: int = 0
+    stores: bool = True
+    per_head: bool = False
+    packed: bool = True
+    dtype: torch.dtype = torch.bfloat16
+    seed: int = 0
+    multiprocessors: int = 4
+    plan: tuple[int, int, int, int] | None = None  # rows per warp, warps, teams, splits
+
+    def __str__(self) -> str:
+        default = Case()
+        changed = {k: v for k, v in vars(self).items() if v != getattr(default, k)}
+        return ",".join(f"{k}={str(v).removeprefix('torch.')}" for k, v in changed.items()) or "default"
+
+
+@dataclass
+class Inputs:
+    """The tensors of a call; every row that nothing names is NaN."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pages: Tensor
+    arena: Tensor
+    read: Tensor
+    write: Tensor
+    scale: float
+    out: Tensor = field(init=False)
+    lse: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        batch, n, heads, _ = self.q.shape
+        self.out = torch.full(self.q.shape, torch.nan, dtype=self.q.dtype)
+        self.lse = torch.full((batch, heads, n), torch.nan)
+
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        return self.q, self.k, self.v, self.pages, self.arena, self.read, self.write
+
+
+def make(case: Case) -> Inputs:
+    """Random tensors and tables: pages in no order, empty entries in between, arenas shuffled."""
+    rng = np.random.default_rng(case.seed)
+    generator = torch.Generator().manual_seed(case.seed)
+    heads = case.batch * case.kv_heads
+    written = -(-(case.n + case.grow) // case.page_size) if case.stores else 0
+    own = len(case.history) + written + 1  # pages of one arena; one is never named
+    shape = (case.batch, case.n, case.heads + 2 * case.kv_heads, case.head_dim)
+    qkv = torch.randn(shape, generator=generator).to(case.dtype)
+    parts = qkv.split([case.heads, case.kv_heads, case.kv_heads], 2)
+    q, k, v = parts if case.packed else (part.transpose(1, 2).contiguous().transpose(1, 2) for part in parts)
+    pages = torch.full((heads * own, 2, case.page_size, case.head_dim), torch.nan, dtype=case.dtype)
+    arena = torch.from_numpy(rng.permutation(heads).astype(np.int32) * own).view(case.batch, case.kv_heads)
+    tables = [_tables(case, own, written, rng) for _ in range(heads if case.per_head else 1)]
+    for index in range(heads):
+        read, _ = tables[index % len(tables)]
+        for slot in read:
+            page, rows = int(arena.flatten()[index]) + (slot >> ROWS_BITS), slot & 255
+            if rows == 0:
+                continue
+            pages[page, :, :rows] = torch.randn(2, rows, case.head_dim, generator=generator).to(case.dtype)
+    lead = (case.batch, case.kv_heads) if case.per_head else (1, 1)
+    read, write = (
+        torch.tensor([t[i] for t in tables], dtype=torch.int32).view(*lead, len(tables[0][i])) for i in range(2)
+    )
+    return Inputs(q, k, v, pages, arena, read, write, 1 / np.sqrt(case.head_dim))
+
+
+def _tables(case: Case, own: int, written: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    """One head's read and write entries; with `grow`, the last page read is the first one written."""
+    order = rng.permutation(own).tolist()
+    history = [int(r) for r in rng.permutation(case.history)] if case.per_head else list(case.history)
+    read = [order[i] << ROWS_BITS | rows for i, rows in enumerate(history)]
+    write, left = [], case.n + case.grow
+    fresh = order[len(history) :]
+    for i in range(written):
+        rows = min(left, case.page_size)
+        write.append(fresh[i] << ROWS_BITS | rows)
+        left -= rows
+    if case.grow:
+        read.append(fresh[0] << ROWS_BITS | case.grow)
+    empty = own << ROWS_BITS  # no rows, and a page that is not ours: must be skipped
+    return [empty, *read, empty], [*write[:1], empty, *write[1:]] if write else []
+
+
+def run(module: ModuleType, case: Case, inputs: Inputs, schedule: str) -> dict[str, int]:
+    """Execute attn in place of `inputs.out`, `inputs.lse` and `inputs.pages`; the executor's counters."""
+    arrays = [_array(x) for x in (inputs.q, inputs.k, inputs.v, inputs.pages, inputs.out)]
+    tables = [x.numpy() for x in (inputs.arena, inputs.read, inputs.write, inputs.lse)]
+    call, dtype = module.Call(*arrays, *tables), str(case.dtype).removeprefix("torch.")
+    plan = module.plan(call, dtype, case.multiprocessors, SHARED_BYTES)
+    if case.plan is not None:
+        plan = module.Plan(*case.plan)
+    return module.attn(call, inputs.scale, dtype, plan, schedule)
+
+
+def check(module: ModuleType, case: Case) -> dict[str, int]:
+    """Eager equals lazy bit for bit, and both equal the fp64 reference as far as the dtype allows."""
+    truth, plain = make(case), make(case)
+    out, lse = reference.attn(*truth.tables, truth.scale)
+    torch_out, _ = torch_ops.attn(*plain.tables, plain.scale)
+    eager = make(case)
+    lazy = copy.deepcopy(eager)
+    counters = run(module, case, eager, "eager")
+    assert run(module, case, lazy, "lazy") == counters
+    for name in ("out", "lse", "pages"):
+        assert torch.equal(_bits(getattr(eager, name)), _bits(getattr(lazy, name))), f"{name}: eager is not lazy"
+    rounding = torch.finfo(case.dtype).eps / 2
+    allowed = 2 * (torch_out.double() - out).norm() + rounding * out.norm()
+    assert (eager.out.double() - out).norm() <= allowed
+    assert torch.allclose(eager.lse.double(), lse, rtol=0, atol=2e-5)
+    assert torch.equal(_bits(eager.pages), _bits(truth.pages)), "pages differ from the reference's"
+    assert counters["bank_conflicts"] == 0, f"{counters['bank_conflicts']} bank conflicts"
+    return counters
+
+
+def both_dtypes(case: Case) -> list[Case]:
+    return [replace(case, dtype=dtype) for dtype in (torch.float16, torch.bfloat16)]
+
+
+def _array(x: Tensor) -> np.ndarray:
+    return x.view(torch.int16).numpy().view(np.uint16)
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.int16 if x.element_size() == 2 else torch.int32)

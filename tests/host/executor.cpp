@@ -1,0 +1,300 @@
+#include "executor.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace amskv::host {
+namespace {
+
+constexpr size_t kStackBytes = 128 * 1024;
+constexpr unsigned char kPoison = 0xff;  // bytes of a NaN in fp16, bf16 and fp32
+constexpr int kBanks = 32, kBankBytes = 4;
+
+std::string at(const Where& where) {
+    const std::string file = where.file_name();
+    return file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line());
+}
+
+}  // namespace
+
+Executor& Executor::get() {
+    static Executor executor;
+    return executor;
+}
+
+void Executor::run(const char* kernel, int blocks, int threads, int shared_bytes, const std::function<void()>& body) {
+    kernel_ = kernel;
+    body_ = &body;
+    if (threads % kLanes != 0 || threads > kMaxWarps * kLanes || blocks < 1) {
+        throw std::runtime_error(
+            kernel_ + ": cannot launch " + std::to_string(blocks) + " × " + std::to_string(threads));
+    }
+    if (shared_bytes > options.shared_bytes) {
+        throw std::runtime_error(kernel_ + ": asks for " + std::to_string(shared_bytes) + " bytes of shared memory");
+    }
+    for (int block = 0; block < blocks; ++block) {
+        reset(block, threads, shared_bytes);
+        run_block();
+        ++counters.blocks;
+    }
+}
+
+void Executor::reset(int block, int threads, int shared_bytes) {
+    threads_ = left_ = threads;
+    block_ = block;
+    error_ = nullptr;
+    const int warps = threads / kLanes;
+    shared_.assign(shared_bytes, kPoison);
+    granules_.assign((shared_bytes + kGranule - 1) / kGranule, Granule{});
+    barriers_.assign(kBarriers, Barrier{});
+    warps_.assign(warps, Warp{});
+    for (int w = 0; w < warps; ++w) {
+        warps_[w].clock.assign(warps, 0);
+        warps_[w].clock[w] = 1;
+    }
+    while (static_cast<int>(fibers_.size()) < threads) fibers_.push_back(std::make_unique<Fiber>());
+    for (int i = 0; i < threads; ++i) {
+        Fiber& f = *fibers_[i];
+        if (!f.stack) f.stack.reset(new unsigned char[kStackBytes]);
+        f.started = f.done = false;
+        f.thread = i;
+        f.warp = i / kLanes;
+        f.lane = i % kLanes;
+        f.waits_for = nullptr;
+        f.open.clear();
+        f.groups.clear();
+    }
+}
+
+void Executor::run_block() {
+    blockIdx.x = block_;
+    if (_setjmp(scheduler_) == 0) switch_to(0);
+    if (error_) std::rethrow_exception(error_);
+}
+
+// A fiber starts on a context of its own; from then on _setjmp and _longjmp move between stacks without system calls.
+void Executor::switch_to(int next) {
+    current_ = next;
+    Fiber& f = *fibers_[next];
+    threadIdx.x = f.thread;
+    if (f.started) _longjmp(f.resume, 1);
+    f.started = true;
+    getcontext(&f.start);
+    f.start.uc_stack.ss_sp = f.stack.get();
+    f.start.uc_stack.ss_size = kStackBytes;
+    f.start.uc_link = nullptr;
+    makecontext(&f.start, &Executor::enter_fiber, 0);
+    setcontext(&f.start);
+}
+
+void Executor::enter_fiber() {
+    Executor& self = get();
+    try {
+        (*self.body_)();
+        self.finish();
+    } catch (...) {
+        self.error_ = std::current_exception();
+    }
+    if (self.error_ || --self.left_ == 0) _longjmp(self.scheduler_, 1);
+    const int next = self.next_runnable();
+    if (next < 0) {
+        try {
+            self.stuck();
+        } catch (...) {
+            self.error_ = std::current_exception();
+        }
+        _longjmp(self.scheduler_, 1);
+    }
+    self.switch_to(next);
+}
+
+void Executor::finish() {
+    Fiber& f = fiber();
+    f.done = true;
+    if (!options.lazy) return;  // every copy was done when it was issued
+    for (const auto& group : f.groups)
+        if (!group.empty()) fail("ends with a cp.async that nothing waited for", group[0].where);
+    if (!f.open.empty()) fail("ends with a cp.async that no group holds", f.open[0].where);
+}
+
+int Executor::next_runnable() const {
+    for (int i = 1; i <= threads_; ++i) {
+        const int candidate = (current_ + i) % threads_;
+        const Fiber& f = *fibers_[candidate];
+        if (!f.done && (!f.waits_for || *f.waits_for != f.seen)) return candidate;
+    }
+    return -1;
+}
+
+void Executor::wait(const uint64_t& counter, const char* name, const Where& where) {
+    Fiber& f = fiber();
+    f.waits_for = &counter;
+    f.seen = counter;
+    f.waits_in = name;
+    f.waits_at = where;
+    const int next = next_runnable();
+    if (next < 0) stuck();
+    if (_setjmp(f.resume) == 0) switch_to(next);
+    f.waits_for = nullptr;
+}
+
+void Executor::stuck() {
+    for (int i = 0; i < threads_; ++i) {
+        const Fiber& f = *fibers_[i];
+        if (!f.done) {
+            fail(
+                "thread " + std::to_string(i) + " waits in " + f.waits_in + " for threads that never come", f.waits_at);
+        }
+    }
+    throw std::logic_error("no fiber left, yet none runs");
+}
+
+void Executor::fail(const std::string& what, const Where& where) {
+    throw std::runtime_error(
+        kernel_ + ", block " + std::to_string(block_) + ", thread " + std::to_string(fiber().thread) + ", " +
+        at(where) + ": " + what);
+}
+
+void Executor::enter(Warp& warp, const char* name, const Where& where, void* slot) {
+    if (warp.arrived > 0 && warp.name != name && std::strcmp(warp.name, name) != 0) {
+        fail(
+            std::string("comes to ") + name + " while lanes of its warp wait in " + warp.name + " at " + at(warp.where),
+            where);
+    }
+    warp.name = name;
+    warp.where = where;
+    warp.slots[fiber().lane] = slot;
+    ++warp.arrived;
+}
+
+void Executor::barrier(int id, int threads, const Where& where) {
+    if (id < 0 || id >= kBarriers || threads % kLanes != 0) fail("bar.sync with impossible operands", where);
+    Barrier& b = barriers_[id];
+    if (b.arrived > 0 && b.expected != threads) fail("bar.sync with two different thread counts", where);
+    b.expected = threads;
+    b.warps.push_back(fiber().warp);
+    if (++b.arrived < threads) return wait(b.turn, "bar.sync", where);
+    Clock joined(warps_.size(), 0);
+    for (int w : b.warps)
+        for (size_t i = 0; i < joined.size(); ++i) joined[i] = std::max(joined[i], warps_[w].clock[i]);
+    for (int w : b.warps) {
+        const uint32_t own = joined[w];
+        warps_[w].clock = joined;
+        warps_[w].clock[w] = own + 1;
+    }
+    b.arrived = 0;
+    b.warps.clear();
+    ++b.turn;
+}
+
+void Executor::check_range(uint32_t address, int bytes, const Where& where) {
+    if (address % bytes != 0) fail("shared memory address " + std::to_string(address) + " is not aligned", where);
+    if (size_t{address} + bytes > shared_.size()) {
+        fail(
+            "shared memory address " + std::to_string(address) + " of " + std::to_string(shared_.size()) + " bytes",
+            where);
+    }
+}
+
+void Executor::check_ordered(Granule& granule, bool writes, const Where& where) {
+    const Clock& clock = warps_[fiber().warp].clock;
+    if (granule.writer >= 0 && granule.written > clock[granule.writer]) {
+        fail("no barrier orders this access after the write at " + at(granule.written_at), where);
+    }
+    if (!writes) return;
+    for (size_t w = 0; w < clock.size(); ++w) {
+        if (granule.read[w] > clock[w])
+            fail("no barrier orders this write after the reads of warp " + std::to_string(w), where);
+    }
+}
+
+void Executor::copy_async(uint32_t to, const void* from, bool valid, const Where& where) {
+    check_range(to, kGranule, where);
+    if (valid) {
+        const auto* const source = static_cast<const unsigned char*>(from);
+        const auto holds = [&](const Buffer& b) { return source >= b.begin && source + kGranule <= b.begin + b.size; };
+        if (reinterpret_cast<uintptr_t>(from) % kGranule != 0) fail("cp.async from an unaligned address", where);
+        if (!options.buffers.empty() && std::none_of(options.buffers.begin(), options.buffers.end(), holds)) {
+            fail("cp.async from outside every tensor", where);
+        }
+    }
+    Granule& granule = granules_[to / kGranule];
+    if (granule.pending > 0)
+        fail("cp.async to bytes of one still under way, issued at " + at(granule.pending_at), where);
+    check_ordered(granule, true, where);
+    const Copy copy{to, valid ? from : nullptr, where};
+    ++counters.copies;
+    fiber().open.push_back(copy);
+    if (!options.lazy) return perform(copy);
+    granule.pending = 1;
+    granule.pending_at = where;
+}
+
+void Executor::perform(const Copy& copy) {
+    Granule& granule = granules_[copy.to / kGranule];
+    granule.pending = 0;
+    granule.writer = fiber().warp;
+    granule.written = warps_[fiber().warp].clock[fiber().warp];
+    granule.written_at = copy.where;
+    if (copy.from) {
+        std::memcpy(&shared_[copy.to], copy.from, kGranule);
+    } else {
+        std::memset(&shared_[copy.to], 0, kGranule);
+    }
+}
+
+void Executor::commit() {
+    fiber().groups.push_back(std::move(fiber().open));
+    fiber().open.clear();
+}
+
+void Executor::wait_copies(size_t pending) {
+    auto& groups = fiber().groups;
+    while (groups.size() > pending) {
+        if (options.lazy) {
+            for (const Copy& copy : groups.front()) perform(copy);
+        }
+        groups.erase(groups.begin());
+    }
+}
+
+const unsigned char* Executor::read(uint32_t from, int bytes, const Where& where) {
+    check_range(from, bytes, where);
+    Granule& granule = granules_[from / kGranule];
+    if (granule.pending > 0)
+        fail("reads bytes of the cp.async issued at " + at(granule.pending_at) + ", which nothing waited for", where);
+    check_ordered(granule, false, where);
+    const int warp = fiber().warp;
+    granule.read[warp] = warps_[warp].clock[warp];
+    return &shared_[from];
+}
+
+void Executor::write(uint32_t to, const void* from, int bytes, const Where& where) {
+    check_range(to, bytes, where);
+    Granule& granule = granules_[to / kGranule];
+    if (granule.pending > 0)
+        fail("writes over the cp.async issued at " + at(granule.pending_at) + ", still under way", where);
+    check_ordered(granule, true, where);
+    granule.writer = fiber().warp;
+    granule.written = warps_[fiber().warp].clock[fiber().warp];
+    granule.written_at = where;
+    std::memcpy(&shared_[to], from, bytes);
+}
+
+// A turn serves one 4-byte word of every bank, to any number of threads: each of `threads` asks for 32 / threads words.
+void Executor::count_conflicts(const uint32_t* addresses, int threads) {
+    const int words = kBanks / threads;
+    uint32_t seen[kBanks][kBanks];
+    int turns[kBanks] = {};
+    for (int i = 0; i < kBanks; ++i) {
+        const uint32_t word = addresses[i / words] / kBankBytes + i % words;
+        uint32_t* const words_of_bank = seen[word % kBanks];
+        int& count = turns[word % kBanks];
+        if (std::find(words_of_bank, words_of_bank + count, word) == words_of_bank + count)
+            words_of_bank[count++] = word;
+    }
+    counters.bank_conflicts += *std::max_element(turns, turns + kBanks) - 1;
+}
+
+}  // namespace amskv::host

@@ -1,0 +1,118 @@
+"""The CUDA kernels, executed on the CPU, against the fp64 reference."""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import replace
+
+import cases
+import hostlib
+import pytest
+import torch
+from cases import Case
+
+from amskv_kernels import reference
+
+ROWS = [1, 4, 9, 16, 17, 25, 36, 63, 64, 65, 100, 129, 169, 256, 300]
+PLANS = [(16, 1, 1, 1), (16, 1, 2, 1), (16, 2, 2, 1), (16, 3, 1, 1), (16, 4, 1, 1), (32, 1, 1, 1), (32, 4, 1, 1)]
+
+
+@pytest.fixture(scope="module")
+def host():
+    return hostlib.load()
+
+
+@pytest.mark.parametrize("n", ROWS)
+def test_token_counts(host, n):
+    cases.check(host, Case(n=n, batch=1, history=(16, 16, 3)))
+
+
+@pytest.mark.parametrize("case", [c for d in (64, 96, 128) for c in cases.both_dtypes(Case(n=70, head_dim=d))], ids=str)
+def test_head_dims_and_dtypes(host, case):
+    cases.check(host, case)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_every_tile(host, head_dim, plan):
+    cases.check(host, Case(n=37, batch=1, kv_heads=3, heads=3, head_dim=head_dim, history=(16, 16, 7) * 3, plan=plan))
+
+
+@pytest.mark.parametrize("plan", [(16, 1, 2, 3), (16, 4, 1, 2), (32, 4, 1, 5)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_split_keys(host, head_dim, plan):
+    cases.check(host, Case(n=21, batch=1, head_dim=head_dim, history=(16,) * 16, plan=plan))
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("history", [(), (1,), (16,), (7, 16, 0, 2), (16,) * 9])
+def test_pages(host, page_size, history):
+    filled = tuple(page_size if rows == 16 else rows for rows in history)
+    cases.check(host, Case(n=20, batch=1, page_size=page_size, history=filled))
+
+
+@pytest.mark.parametrize("n", [1, 5, 16, 40])
+@pytest.mark.parametrize("heads, kv_heads", [(2, 1), (6, 2), (8, 1)])
+def test_grouped_heads(host, heads, kv_heads, n):
+    cases.check(host, Case(n=n, heads=heads, kv_heads=kv_heads, batch=1))
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("n", [1, 11, 12, 60, 130])
+def test_page_growing_in_place(host, n, page_size):
+    cases.check(host, Case(n=n, page_size=page_size, grow=5, batch=1))
+
+
+def test_entries_of_every_head_and_strides(host):
+    cases.check(host, Case(n=33, per_head=True, packed=False, history=(16, 5, 1, 12)))
+
+
+def test_no_key_of_one_part(host):
+    """A part of split keys may find only empty entries: it weighs nothing."""
+    case = Case(n=3, batch=1, history=(0,) * 12 + (4,), plan=(16, 1, 1, 4))
+    cases.check(host, case)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_calls(host, seed):
+    rng = random.Random(seed)
+    page_size, kv_heads = rng.choice([16, 32, 64, 128]), rng.choice([1, 2, 3])
+    case = Case(
+        n=rng.choice([1, 2, 9, 16, 30, 64, 81, 100, 144]),
+        batch=rng.choice([1, 2]),
+        kv_heads=kv_heads,
+        heads=kv_heads * rng.choice([1, 1, 2, 3]),
+        head_dim=rng.choice([64, 96, 128]),
+        page_size=page_size,
+        history=tuple(rng.choice([page_size, rng.randint(0, page_size)]) for _ in range(rng.randint(0, 6))),
+        grow=rng.choice([0, 0, rng.randint(1, page_size - 1)]),
+        stores=rng.random() < 0.8,
+        per_head=rng.random() < 0.5,
+        packed=rng.random() < 0.5,
+        dtype=rng.choice([torch.float16, torch.bfloat16]),
+        seed=seed,
+        multiprocessors=rng.choice([1, 8, 132]),
+    )
+    cases.check(host, replace(case, grow=case.grow if case.stores else 0))
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("grow", [0, 3])
+def test_append(host, head_dim, grow):
+    inputs = cases.make(Case(n=75, head_dim=head_dim, page_size=32, grow=grow, per_head=True))
+    truth = copy.deepcopy(inputs)
+    reference.append(*truth.tables[1:5], truth.write)
+    arrays = [x.view(torch.int16).numpy().view("uint16") for x in (inputs.k, inputs.v, inputs.pages)]
+    host.append(*arrays, inputs.arena.numpy(), inputs.write.numpy(), "lazy")
+    assert torch.equal(inputs.pages.view(torch.int16), truth.pages.view(torch.int16))
+
+
+def test_plan_fills_the_device_and_no_part_is_empty(host):
+    inputs = cases.make(Case(n=1, batch=1, kv_heads=1, heads=1, page_size=128, history=(128,) * 40))
+    arrays = [x.view(torch.int16).numpy().view("uint16") for x in (*inputs.tables[:4], inputs.out)]
+    call = host.Call(*arrays, *(x.numpy() for x in (inputs.arena, inputs.read, inputs.write, inputs.lse)))
+    plan = host.plan(call, "bfloat16", 132, cases.SHARED_BYTES)
+    assert (plan.rows_per_warp, plan.warps, plan.teams) == (16, 1, 1)
+    tiles = 43 * 128 // 64  # the 40 pages, two empty entries around them, and the current row's tile
+    assert 1 < plan.splits <= tiles // 4
