@@ -20,15 +20,14 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
-from amskv_kernels import CachePlan, PagedKVCache, parse_policy, plots
+from amskv_kernels import CachePlan, PagedKVCache, plots
 from amskv_kernels.memory import MIB
 from amskv_kernels.models import VAR, ConcatKVCache
 from amskv_kernels.models.var import Attention
 from examples.digits.data import accuracy
-from examples.digits.model import CALIBRATION, SAMPLING, load
+from examples.digits.evaluate import POLICIES, plan_for
+from examples.digits.model import SAMPLING, load
 
-AMS_KV = tuple(f"ams-kv:{percent}@{CALIBRATION}" for percent in (75, 84.83))
-POLICIES = ("full", *AMS_KV, "sink:2,1", "sliding:1")
 PAIR_BYTES = 8  # the demo runs in fp32, stock cache and pages alike
 SHOWN = 20  # digits on the contact sheet
 
@@ -77,14 +76,7 @@ class Row:
 
 def contestants(var: VAR) -> list[Contestant]:
     """Stock first, then every policy with its plan."""
-    config = var.config
-    plans = {
-        text.partition("@")[0]: CachePlan.build(
-            config.schedule, parse_policy(text, config.schedule, config.depth), config.depth
-        )
-        for text in POLICIES
-    }
-    return [Contestant("stock", None), *(Contestant(name, plan) for name, plan in plans.items())]
+    return [Contestant("stock", None), *(Contestant(name, plan_for(var, name)) for name in POLICIES)]
 
 
 def run(images: int, batch: int) -> tuple[list[Contestant], Tensor, VAR]:

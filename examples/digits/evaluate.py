@@ -1,4 +1,4 @@
-"""How many generated digits an independent classifier recognises, with all attention history and with less.
+"""How many generated digits an independent classifier recognises, under each cache policy.
 
 python -m examples.digits.evaluate --images 500
 """
@@ -12,63 +12,50 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from tqdm import tqdm
 
-from amskv_kernels.models import VAR, VQVAE, ConcatKVCache
-from amskv_kernels.models.var import Attention
+from amskv_kernels import CachePlan, PagedKVCache, parse_policy
+from amskv_kernels.models import VAR, VQVAE
 from examples.digits.data import SEED, accuracy, digits
-from examples.digits.model import SAMPLING, WEIGHTS, load
+from examples.digits.model import CALIBRATION, SAMPLING, WEIGHTS, load
+
+PARTS = ("of the generator's training images", "of the held-out images it learned from")
+POLICIES = ("full", "ams-kv:75", "ams-kv:84.83", "sink:2,1", "sliding:1")
+BATCH = 100
 
 
-class WindowCache:
-    """A cache of the first `first` and the last `last` scales in every layer but `full_layers`, which keep all.
-
-    Plain concatenation; it shows what a policy costs in quality, not in time.
-    """
-
-    def __init__(self, first: int, last: int, full_layers: frozenset[int] = frozenset()) -> None:
-        self.first, self.last, self.full_layers = first, last, full_layers
-        self._kv: dict[int, list[tuple[Tensor, Tensor]]] = {}
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        """Attend from q over the scales still held and k, v: (B, n, H, D) -> (B, n, H, D)."""
-        held = self._kv.setdefault(layer, [])
-        held.append((k.transpose(1, 2), v.transpose(1, 2)))
-        if layer not in self.full_layers and len(held) > self.first + self.last + 1:
-            del held[self.first]
-        keys, values = (torch.cat(parts, dim=2) for parts in zip(*held, strict=True))
-        out: Tensor = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, scale=softmax_scale)
-        return out.transpose(1, 2)
+def plan_for(var: VAR, policy: str) -> CachePlan:
+    """The plan of a policy for this model; AMS-KV ranks the layers by the calibration that ships."""
+    config = var.config
+    text = f"{policy}@{CALIBRATION}" if policy.startswith("ams-kv:") else policy
+    return CachePlan.build(config.schedule, parse_policy(text, config.schedule, config.depth), config.depth)
 
 
-PARTS = ("on the generator's training images", "on the held-out images it learned from")
-CACHES: dict[str, Any] = {
-    "full": ConcatKVCache,
-    "first 2 + last 1": lambda: WindowCache(2, 1),
-    "first 2 + last 1, layer 0 full": lambda: WindowCache(2, 1, frozenset({0})),
-    "last 1": lambda: WindowCache(0, 1),
-}
-
-
-def draw(var: VAR, vae: VQVAE, attention: Attention, labels: Tensor, seed: int, **sampling: Any) -> Tensor:
+def draw(var: VAR, vae: VQVAE, policy: str, labels: Tensor, seed: int) -> Tensor:
     """Images (B, 3, 32, 32) of the labels (B,), on the CPU."""
     generator = torch.Generator(labels.device).manual_seed(seed)
-    return var.generate(vae, labels, attention, generator=generator, **{**SAMPLING, **sampling}).images.cpu()
+    cache = PagedKVCache(
+        plan_for(var, policy), batch=2 * len(labels), kv_heads=var.config.num_heads, head_dim=var.config.head_dim,
+        dtype=torch.float32, device=labels.device,
+    )  # fmt: skip
+    return var.generate(vae, labels, cache, generator=generator, **SAMPLING).images.cpu()
 
 
-def evaluate(
-    var: VAR, vae: VQVAE, images: int, device: str = "cpu", names: tuple[str, ...] = tuple(CACHES), **sampling: Any
-) -> dict[str, Any]:
-    """Recognised share per cache, of `images` digits with the classes in turn, the same random numbers for each."""
+def evaluate(var: VAR, vae: VQVAE, images: int, device: str = "cpu") -> dict[str, Any]:
+    """Recognised share per policy, of `images` digits with the classes in turn, the same random numbers for each."""
     labels = (torch.arange(images) % 10).to(device)
-    recognised = {}
-    for name in names:
-        parts = [
-            accuracy(draw(var, vae, CACHES[name](), part, SEED + i, **sampling), part) * len(part)
-            for i, part in enumerate(labels.split(100))
-        ]
-        recognised[name] = round(sum(parts) / images, 4)
-    return {"images": images, "sampling": {**SAMPLING, **sampling}, "recognised": recognised}
+    right = dict.fromkeys(POLICIES, 0.0)
+    batches = labels.split(BATCH)
+    with tqdm(total=len(POLICIES) * len(batches), unit="batch", desc="drawing") as bar:
+        for policy in POLICIES:
+            for i, part in enumerate(batches):
+                right[policy] += accuracy(draw(var, vae, policy, part, SEED + i), part) * len(part)
+                bar.update()
+    return {
+        "images": images,
+        "sampling": SAMPLING,
+        "recognised": {policy: round(count / images, 4) for policy, count in right.items()},
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -80,14 +67,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="write the result there as JSON, too")
     args = parser.parse_args(argv)
     var, vae = load(args.device, args.weights)
-    result = {
-        "judge": {
-            name: round(accuracy(part.images, part.labels), 4) for name, part in zip(PARTS, digits(), strict=True)
-        },
-        **evaluate(var, vae, args.images, args.device),
-        "device": args.device,
-        "torch": torch.__version__,
-    }
+    judge = {name: round(accuracy(part.images, part.labels), 4) for name, part in zip(PARTS, digits(), strict=True)}
+    result = {"judge": judge, **evaluate(var, vae, args.images, args.device)}
+    result |= {"device": args.device, "torch": torch.__version__}
     print(json.dumps(result, indent=1))
     if args.out is not None:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

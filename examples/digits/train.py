@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from amskv_kernels.models import VAR, VQVAE
+from amskv_kernels.models import VAR, VQVAE, checkpoint
 from amskv_kernels.schedule import ScaleSchedule
 from examples.digits.data import SEED, accuracy, augment, digits
 from examples.digits.evaluate import evaluate
-from examples.digits.model import SCHEDULE, VAR_SIZES, VQVAE_SIZES, WEIGHTS, build, save
+from examples.digits.model import SCHEDULE, VAR_SIZES, VQVAE_SIZES, WEIGHTS, build
 
 
 @dataclass(frozen=True)
@@ -320,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
     var, vae = var.to(args.device), vae.to(args.device)
     ours, held = digits()
     vae_run = train_vqvae(vae, plan, args.out, args.device)
-    save(args.out / "vqvae.safetensors", vae, VQVAE_SIZES)
+    checkpoint.save(args.out / "vqvae.safetensors", vae, VQVAE_SIZES, SCHEDULE)
     shown, wanted = ours.images[: plan.rebuilt_images], ours.labels[: plan.rebuilt_images]
     with torch.no_grad():
         rebuilt = torch.cat(
@@ -333,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     print(json.dumps(seen), flush=True)
     var_run = train_var(var, vae, plan, args.out, args.device, args.minutes * 60, args.compile)
-    save(args.out / "var.safetensors", var, VAR_SIZES)
+    checkpoint.save(args.out / "var.safetensors", var, VAR_SIZES, SCHEDULE)
     result = {
         "device": args.device, "threads": args.threads, "seed": SEED, "plan": asdict(plan),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
