@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format readme clean
+.PHONY: help demo test lint format readme kernel-report gpu-test tune clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,15 @@ format: $(VENV)/ready  ## let ruff format and fix
 
 readme: $(VENV)/ready  ## write the tables of README and docs from committed results
 	$(BIN)/python -m benchmarks.readme
+
+kernel-report: $(VENV)/ready  ## compile every Triton kernel offline for four architectures; fails on spills
+	$(BIN)/python -W ignore -m benchmarks.kernel_report
+
+gpu-test: $(VENV)/ready  ## everything that needs a GPU; writes tests/gpu-reports
+	$(BIN)/python -m pytest -m gpu
+
+tune: $(VENV)/ready  ## measure tile candidates on the GPU at hand
+	$(BIN)/python -m benchmarks.tune
 
 clean:  ## remove what was built, the virtual environment too
 	rm -rf $(VENV) build dist demo-out *.egg-info

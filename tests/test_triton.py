@@ -234,3 +234,17 @@ def test_shares_follow_from_shapes_alone():
     assert split_count(programs=32, tiles=100, processors=132) == 8
     assert split_count(programs=1, tiles=3, processors=132) == 1
     assert split_count(programs=1, tiles=100, processors=132) == 25
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles for real")
+def test_a_launch_compiles_offline_to_the_instructions_meant():
+    """One of the launches of `make kernel-report`: on Hopper, wgmma fed by 16-byte asynchronous copies, no spills."""
+    pytest.importorskip("triton")
+    from benchmarks import kernel_report
+
+    launch = kernel_report.record(kernel_report.attn_call(256, 27, 64, 16), "", 90)[0]
+    assert {"q", "k", "v", "pages", "stride_kn"} <= set(launch.aligned)
+    row = kernel_report.measure(launch, 90)
+    assert row["wgmma"] > 0
+    assert row["cp.async 16 B"] > 0
+    assert not kernel_report.faults(row)

@@ -22,7 +22,7 @@ def append_kernel(
     """Grid (S · KV heads · B,): one page of one head."""
     i_s = tl.program_id(0) % S
     i_bh = tl.program_id(0) // S
-    i_h = i_bh % kv_heads
+    i_h = (i_bh % kv_heads).to(tl.int64)
     i_b = (i_bh // kv_heads).to(tl.int64)
     p_k = k + i_b * stride_kb + i_h * stride_kh
     p_v = v + i_b * stride_vb + i_h * stride_vh

@@ -35,9 +35,7 @@ from amskv_kernels.triton_ops.common import (
 )  # fmt: skip
 from amskv_kernels.triton_ops.tiles import attn_tile, split_count
 
-NO_SPECIAL = [
-    "stride_rb", "stride_rh", "stride_wb", "stride_wh", "n", "S", "S_w", "kv_heads", "splits",
-]  # fmt: skip
+NO_SPECIAL = ["stride_rb", "stride_rh", "stride_wb", "stride_wh", "n", "S", "S_w", "tiles_m"]
 
 
 @triton.jit
@@ -53,9 +51,12 @@ def full_tiles(p_slots, S, PS: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def tile_slots(i_t, history, p_slots, S, PS: tl.constexpr, BN: tl.constexpr):
-    """Entries of the pages under tile `i_t` of the history: one where it lies in a page, else one per row [BN]."""
+    """The entry under every row of tile `i_t` of the history [BN], 0 where there is none.
+
+    One load per row also where the tile lies within one page: it costs fewer registers than scalar arithmetic would.
+    """
     entries = tl.where(history, S, 0)
-    i_s = i_t * (BN // PS) + tl.arange(0, BN) // PS if BN > PS else i_t * BN // PS
+    i_s = (i_t * BN + tl.arange(0, BN)) // PS
     return tl.load(p_slots + i_s, mask=i_s < entries, other=0)
 
 
@@ -69,24 +70,13 @@ def key_rows(
     What differs is selected before the multiplications: a selected pointer would no longer count as aligned, and the
     loads would be neither 16 bytes wide nor pipelined.
     """
-    o_n = tl.arange(0, BN)
-    stride_k, stride_v = tl.where(history, D, stride_kn), tl.where(history, D, stride_vn)
-    first = tl.where(history, 0, i_t * BN)  # row of k; in the history, the page's first row
-    if BN > PS:
-        o_n = tl.where(history, o_n % PS, o_n)
-    else:
-        first = tl.where(history, i_t * BN % PS, first)
-    b_there = first + o_n < tl.where(history, slot & SLOT_MASK, n)
+    o_n = i_t * BN + tl.arange(0, BN)
+    o_n = tl.where(history, o_n % PS, o_n)
+    b_there = o_n < tl.where(history, slot & SLOT_MASK, n)
     o_page = page_offset(tl.where(history, page0, 0), slot, PS, D)
-    if BN > PS:
-        b_k = tl.where(history, pages, p_k + first.to(tl.int64) * stride_k) + o_page
-        b_v = tl.where(history, pages + PS * D, p_v + first.to(tl.int64) * stride_v) + o_page
-    else:
-        o_page += first * D
-        b_k = tl.where(history, pages + o_page, p_k + first.to(tl.int64) * stride_k)
-        b_v = tl.where(history, pages + PS * D + o_page, p_v + first.to(tl.int64) * stride_v)
-    b_k += o_n * stride_k
-    b_v += o_n * stride_v
+    o_row = o_n.to(tl.int64)
+    b_k = tl.where(history, pages, p_k) + (o_page + o_row * tl.where(history, D, stride_kn))
+    b_v = tl.where(history, pages + PS * D, p_v) + (o_page + o_row * tl.where(history, D, stride_vn))
     return b_k, b_v, b_there
 
 
@@ -121,70 +111,80 @@ def attend_tile(
     return b_acc, b_sum, b_new
 
 
+@triton.jit
+def attend_tiles(
+    start, end, tiles_h, first_h, first_c, b_q, b_acc, b_sum, b_max,
+    p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_slots, S, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, PS: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Tiles start … end − 1 of a sequence: `tiles_h` of the history from `first_h` on, then of k from `first_c` on.
+
+    Entries are asked for one tile ahead: inside a tile they would put two latencies between it and its rows.
+    """
+    slot = tile_slots(start + first_h, start < tiles_h, p_slots, S, PS, BN)
+    for i in range(start, end):
+        history = i < tiles_h
+        i_t = tl.where(history, i + first_h, i - tiles_h + first_c)
+        b_pk, b_pv, b_row = key_rows(i_t, history, slot, p_k, p_v, stride_kn, stride_vn, n, pages, page0, D, PS, BN)
+        slot = tile_slots(i + 1 + first_h, i + 1 < tiles_h, p_slots, S, PS, BN)
+        b_acc, b_sum, b_max = attend_tile(b_q, b_acc, b_sum, b_max, b_pk, b_pv, b_row, scale_log2, D, BD, MASKED)
+    return b_acc, b_sum, b_max
+
+
 @triton.jit(do_not_specialize=NO_SPECIAL)
 def attn_kernel(
     q, k, v, pages, arena, read_slots, write_slots, out, lse,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_rb, stride_rh, stride_wb, stride_wh,
-    n, S, S_w, kv_heads, splits, scale_log2,
+    n, S, S_w, tiles_m, scale_log2,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FULL_FIRST: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of n · G rows × KV heads × B, splits); with SPLIT, out and lse have a leading `splits` in fp32."""
-    tiles_m = tl.cdiv(n * G, BM)
-    i_m = tl.program_id(0) % tiles_m
-    i_bh = tl.program_id(0) // tiles_m
-    i_h = i_bh % kv_heads
-    i_b = (i_bh // kv_heads).to(tl.int64)
+    """Grid (splits · tiles of n · G rows, KV heads, B); with SPLIT, out and lse have a leading `splits` in fp32."""
+    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    kv_heads = tl.num_programs(1)
+    i_out, i_store, step = i_b, i_m, tl.num_programs(0)
+    if SPLIT:
+        i_split = i_m // tiles_m
+        i_m %= tiles_m
+        i_out += i_split.to(tl.int64) * tl.num_programs(2)  # splits · B come first
 
     o_m = i_m * BM + tl.arange(0, BM)
     o_n, o_g = o_m // G, i_h * G + o_m % G  # query row and head of each row of the tile
     o_d = tl.arange(0, BD)
     b_there = o_m < n * G
     b_in = b_there[:, None] & (o_d < D)[None, :]
-    p_q = q + i_b * stride_qb + (o_n.to(tl.int64) * stride_qn + o_g * stride_qh)[:, None] + o_d[None, :]
+    p_q = q + i_b * stride_qb + (o_n.to(tl.int64) * stride_qn + o_g.to(tl.int64) * stride_qh)[:, None] + o_d[None, :]
     b_q = tl.load(p_q, mask=b_in, other=0.0)  # [BM, BD]
-    page0 = tl.load(arena + i_bh)
-    p_k = k + i_b * stride_kb + i_h * stride_kh
-    p_v = v + i_b * stride_vb + i_h * stride_vh
+    page0 = tl.load(arena + i_b * kv_heads + i_h)
+    p_k = k + i_b * stride_kb + i_h.to(tl.int64) * stride_kh
+    p_v = v + i_b * stride_vb + i_h.to(tl.int64) * stride_vh
     p_read = read_slots + i_b * stride_rb + i_h * stride_rh
 
     tiles_h = tl.cdiv(S * PS, BN)
     full_h, full_c = 0, 0
     if FULL_FIRST:
         full_h, full_c = full_tiles(p_read, S, PS, BN), n // BN
-    full, holed_h = full_h + full_c, tiles_h - full_h
     end = tiles_h + tl.cdiv(n, BN)
-    start, i_out, i_store, step = 0, i_b, i_m, tiles_m
+    start = 0
     if SPLIT:
-        i_split = tl.program_id(1)
-        share = tl.cdiv(end, splits)
+        share = tl.cdiv(end, tl.num_programs(0) // tiles_m)
         start = i_split * share
         end = tl.minimum(start + share, end)
-        i_out += i_split.to(tl.int64) * (tl.num_programs(0) // (tiles_m * kv_heads))  # splits · B come first
-        i_store += i_split * tiles_m
-        step *= splits
 
     b_acc = tl.zeros([BM, BD], tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
     b_max = tl.full([BM], float("-inf"), tl.float32)
-    # Entries are asked for one tile ahead: inside a tile they would put two latencies between it and its rows.
     if FULL_FIRST:
-        slot = tile_slots(start, start < full_h, p_read, S, PS, BN)
-        for i in range(start, tl.minimum(end, full)):
-            history = i < full_h
-            i_t = tl.where(history, i, i - full_h)
-            b_pk, b_pv, b_row = key_rows(i_t, history, slot, p_k, p_v, stride_kn, stride_vn, n, pages, page0, D, PS, BN)
-            slot = tile_slots(i + 1, i + 1 < full_h, p_read, S, PS, BN)
-            b_acc, b_sum, b_max = attend_tile(b_q, b_acc, b_sum, b_max, b_pk, b_pv, b_row, scale_log2, D, BD, False)
-        start = tl.maximum(start, full)
-    slot = tile_slots(start - full_c, start - full < holed_h, p_read, S, PS, BN)
-    for i in range(start - full, end - full):
-        history = i < holed_h
-        i_t = tl.where(history, i + full_h, i - holed_h + full_c)
-        b_pk, b_pv, b_row = key_rows(i_t, history, slot, p_k, p_v, stride_kn, stride_vn, n, pages, page0, D, PS, BN)
-        slot = tile_slots(i_t + 1, i + 1 < holed_h, p_read, S, PS, BN)
-        b_acc, b_sum, b_max = attend_tile(b_q, b_acc, b_sum, b_max, b_pk, b_pv, b_row, scale_log2, D, BD, True)
+        b_acc, b_sum, b_max = attend_tiles(
+            start, tl.minimum(end, full_h + full_c), full_h, 0, 0, b_q, b_acc, b_sum, b_max,
+            p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_read, S, scale_log2, D, BD, PS, BN, False,
+        )  # fmt: skip
+        start = tl.maximum(start, full_h + full_c)
+    b_acc, b_sum, b_max = attend_tiles(
+        start - full_h - full_c, end - full_h - full_c, tiles_h - full_h, full_h, full_c, b_q, b_acc, b_sum, b_max,
+        p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_read, S, scale_log2, D, BD, PS, BN, True,
+    )  # fmt: skip
 
     b_some = b_sum > 0.0
     b_acc = b_acc / tl.where(b_some, b_sum, 1.0)[:, None]
@@ -250,24 +250,31 @@ def attn(
     strides = (
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *table_strides(read_slots), *table_strides(write_slots)
     )  # fmt: skip
-    sizes = {"G": group, "D": head_dim, "BD": padded(head_dim), "PS": page_size, "BM": tile.block_m, "BN": tile.block_n}
-    scalars = (n, entries, write_slots.shape[2], kv_heads)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers if group == 1 else None}
+    lengths = (n, entries, write_slots.shape[2])
     scale = softmax_scale / math.log(2)
+    meta = {
+        "G": group, "D": head_dim, "BD": padded(head_dim), "PS": page_size, "BM": tile.block_m, "BN": tile.block_n,
+        "num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers if group == 1 else None,
+        "enable_fp_fusion": True,
+    }  # fmt: skip
     with on_device(q):
         if tile.heads > 1:
-            grid = (batch * triton.cdiv(kv_heads, tile.heads),)
-            attn_packed_kernel[grid](*tensors, out, lse, *strides, *scalars, scale, **sizes, HP=tile.heads, **options)
+            groups = triton.cdiv(kv_heads, tile.heads)
+            attn_packed_kernel[groups * batch,](
+                *tensors, out, lse, *strides, *lengths, kv_heads, scale, HP=tile.heads, **meta
+            )
             return out, lse
-        programs = triton.cdiv(n * group, tile.block_m) * batch * kv_heads
-        tiles = triton.cdiv(entries * page_size, tile.block_n) + triton.cdiv(n, tile.block_n)
-        splits = split_count(programs, tiles, device.processors)
-        sizes |= {"FULL_FIRST": tile.full_first, "SPLIT": splits > 1}
+        tiles_m = triton.cdiv(n * group, tile.block_m)
+        tiles_n = triton.cdiv(entries * page_size, tile.block_n) + triton.cdiv(n, tile.block_n)
+        splits = split_count(tiles_m * kv_heads * batch, tiles_n, device.processors)
         part, part_lse = out, lse
         if splits > 1:
             part = q.new_empty(splits, batch, n, heads, head_dim, dtype=torch.float32)
             part_lse = q.new_empty(splits, batch, heads, n, dtype=torch.float32)
-        attn_kernel[programs, splits](*tensors, part, part_lse, *strides, *scalars, splits, scale, **sizes, **options)
+        attn_kernel[splits * tiles_m, kv_heads, batch](
+            *tensors, part, part_lse, *strides, *lengths, tiles_m, scale,
+            FULL_FIRST=tile.full_first, SPLIT=splits > 1, **meta,
+        )  # fmt: skip
         if splits > 1:
             _merge(part, part_lse, out, lse)
     return out, lse
@@ -276,7 +283,7 @@ def attn(
 def _merge(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
     batch, n, heads, head_dim = out.shape
     rows = batch * n * heads
-    # 16 rows of a thread block's 4 warps: 8 … 16 bytes a lane. Not yet measured; the pass is short and bandwidth-bound.
+    # 16 rows of 4 warps: 32 … 64 bytes a lane. Not yet measured; the pass is short and bound by bandwidth.
     attn_merge_kernel[triton.cdiv(rows, 16),](
         part, part_lse, out, lse, rows, n, heads, part.shape[0], D=head_dim, BD=padded(head_dim), BR=16, num_warps=4
     )

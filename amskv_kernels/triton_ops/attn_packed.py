@@ -91,13 +91,19 @@ def attn_packed_kernel(
     o_i = (o_m // G).to(tl.int64)  # query row, and head, of each row of the tile
     o_g = o_h[:, None] * G + o_m % G  # [HP, BM]
     b_row = b_head[:, None] & (o_m < n * G)[None, :]
-    p_q = q + i_b * stride_qb + (o_i * stride_qn)[None, :, None] + (o_g * stride_qh)[:, :, None] + o_d[None, None, :]
+    p_q = (
+        q
+        + i_b * stride_qb
+        + (o_i * stride_qn)[None, :, None]
+        + (o_g.to(tl.int64) * stride_qh)[:, :, None]
+        + o_d[None, None, :]
+    )
     b_q = tl.load(p_q, mask=b_row[:, :, None] & b_d, other=0.0)  # [HP, BM, BD]
     b_there = b_head[:, None] & (o_n < n)[None, :]  # [HP, BN]
     b_load = b_there[:, :, None] & b_d
     o_c = o_n.to(tl.int64)[None, :, None]
-    p_k = k + i_b * stride_kb + (o_h * stride_kh)[:, None, None] + o_c * stride_kn + o_d[None, None, :]
-    p_v = v + i_b * stride_vb + (o_h * stride_vh)[:, None, None] + o_c * stride_vn + o_d[None, None, :]
+    p_k = k + i_b * stride_kb + (o_h.to(tl.int64) * stride_kh)[:, None, None] + o_c * stride_kn + o_d[None, None, :]
+    p_v = v + i_b * stride_vb + (o_h.to(tl.int64) * stride_vh)[:, None, None] + o_c * stride_vn + o_d[None, None, :]
     b_k = tl.load(p_k, mask=b_load, other=0.0)  # [HP, BN, BD]
     b_v = tl.load(p_v, mask=b_load, other=0.0)
 

@@ -24,7 +24,7 @@ def compact_kernel(
     """Grid (S_d · KV heads · B,): one page of one head."""
     i_s = tl.program_id(0) % S_d
     i_bh = tl.program_id(0) // S_d
-    i_h = i_bh % kv_heads
+    i_h = (i_bh % kv_heads).to(tl.int64)
     i_b = (i_bh // kv_heads).to(tl.int64)
     p_src = src_slots + i_b * stride_sb + i_h * stride_sh
     p_dst = dst_slots + i_b * stride_db + i_h * stride_dh

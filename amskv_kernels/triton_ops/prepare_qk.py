@@ -67,5 +67,6 @@ def prepare_qk(
         prepare_qk_kernel[triton.cdiv(rows, block),](
             qkv, q_scale, cos, sin, q, k, *qkv.stride()[:3], n, rows, heads, kv_heads, eps,
             D=head_dim, BD=padded(head_dim), BR=block, NORM=l2norm, SCALE=q_scale is not None, ROPE=cos is not None,
+            enable_fp_fusion=False,  # each product rounded, as the models' own code does
         )  # fmt: skip
     return q, k

@@ -60,8 +60,8 @@ _PACKED_128 = Line(
     "not yet measured: two warps per head, 156 registers; one warp per head takes 224 and halves the programs",
     entries=2,
 )  # fmt: skip
-_ROWS_16 = Line(16, Tile(16, 64, 4, 3, False), "not yet measured: long history; memory-bound, 36 KB in flight each")
-_ROWS_32 = Line(32, Tile(32, 32, 4, 3, False), "not yet measured: memory-bound; 69 registers, 7 programs")
+_ROWS_16 = Line(16, Tile(16, 32, 4, 3, False), "not yet measured: long history; memory-bound, 10 programs of 19 KB")
+_ROWS_32 = Line(32, Tile(32, 32, 4, 3, False), "not yet measured: memory-bound; many small programs")
 
 LINES: dict[tuple[int, int], tuple[Line, ...]] = {
     (80, 64): (
@@ -74,8 +74,11 @@ LINES: dict[tuple[int, int], tuple[Line, ...]] = {
     (80, 128): (
         _PACKED_128,
         Line(16, Tile(16, 32, 4, 3, False), "not yet measured: long history; 37 KB in flight each"),
-        Line(32, Tile(32, 32, 4, 3, False), "not yet measured: memory-bound"),
-        Line(64, Tile(64, 32, 4, 3, False), "not yet measured: 128 rows would be half padding"),
+        Line(32, Tile(32, 32, 8, 3, False), "not yet measured: memory-bound; 4 warps spill 8 bytes"),
+        Line(
+            64, Tile(64, 32, 4, 3, False, registers=192),
+            "not yet measured: 128 rows would be half padding; unbounded, the assembler aims at 168 and spills",
+        ),
         Line(ANY, Tile(128, 64, 8, 3), "not yet measured: 98 KB fit all; 64 rows in 4 warps take 255 registers"),
     ),
     (90, 64): (
@@ -83,7 +86,11 @@ LINES: dict[tuple[int, int], tuple[Line, ...]] = {
         _ROWS_16,
         _ROWS_32,
         Line(192, Tile(64, 64, 4, 3, False), "not yet measured: 127 registers, 4 programs; n 169 pads 12 %"),
-        Line(ANY, Tile(128, 64, 8, 3), "not yet measured: wgmma, 128 registers, 2 programs; BLOCK_N 128 spills"),
+        Line(
+            ANY, Tile(128, 64, 8, 3, registers=128),
+            "not yet measured: wgmma; the bound (167 without it) makes it 2 programs, one's softmax under the other's "
+            "products; 64 rows would read K and V twice as often, BLOCK_N 128 spills",
+        ),
     ),
     (90, 128): (
         _PACKED_128,
@@ -107,8 +114,10 @@ LINES: dict[tuple[int, int], tuple[Line, ...]] = {
         Line(ANY, Tile(128, 64, 8, 3), "not yet measured: tcgen05, 254 registers; 4 warps spill"),
     ),
 }  # fmt: skip
-# sm_120 has neither wgmma nor tcgen05 and the shared memory of sm_86: not yet measured.
-LINES |= {(120, 64): LINES[80, 64], (120, 128): LINES[80, 128]}
+# sm_120 has neither wgmma nor tcgen05 and the shared memory of sm_86, so it takes those tiles: not yet measured. Its
+# assembler spills under the bounds that keep sm_80's from it.
+LINES[120, 64] = LINES[80, 64]
+LINES[120, 128] = tuple(line._replace(tile=line.tile._replace(registers=None)) for line in LINES[80, 128])
 
 # fp32 pages are for debugging: no tensor cores, so a tile small enough for registers.
 FP32 = Tile(16, 32, 4, 1, False)

@@ -30,7 +30,7 @@ def tile_logits(
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Logits [BM, BN] in powers of two of the window and tile `i_t`, −inf where no key is; and where keys are."""
-    i_h = i_bh % kv_heads
+    i_h = (i_bh % kv_heads).to(tl.int64)
     i_b = (i_bh // kv_heads).to(tl.int64)
     o_m, o_d = tl.arange(0, BM), tl.arange(0, BD)
     o_w, o_g = (o_m // G).to(tl.int64), i_h * G + o_m % G
