@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format readme kernel-report gpu-test tune clean
+.PHONY: help demo test lint format readme kernel-report gpu-test tune native native-report wheel clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,15 @@ gpu-test: $(VENV)/ready  ## everything that needs a GPU; writes tests/gpu-report
 
 tune: $(VENV)/ready  ## measure tile candidates on the GPU at hand
 	$(BIN)/python -m benchmarks.tune
+
+native: $(VENV)/ready  ## build the CUDA library into this checkout (needs nvcc)
+	AMSKV_CUDA=1 $(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+
+native-report: native  ## registers, spills and instructions of the CUDA library
+	$(BIN)/python csrc/tools/disassemble.py
+
+wheel: $(VENV)/ready  ## one wheel for every Python and torch, tested in a clean environment (CUDA=pip fetches nvcc)
+	AMSKV_CUDA=$(CUDA) $(BIN)/python csrc/tools/make_wheel.py
 
 clean:  ## remove what was built, the virtual environment too
 	rm -rf $(VENV) build dist demo-out *.egg-info

@@ -9,6 +9,7 @@ One switch, the environment variable AMSKV_CUDA:
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -52,8 +53,13 @@ def find_pip_nvcc() -> Path:
 
 
 def find_tool(name: str) -> str:
-    """A build tool, this Python's own before the system's, which may be too old."""
-    found = shutil.which(name, path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
+    """cmake or ninja: the one of the PyPI package before the system's, which may be too old."""
+    try:
+        package = importlib.import_module(name)
+    except ImportError:
+        found = shutil.which(name)
+    else:
+        found = str(Path(package.CMAKE_BIN_DIR if name == "cmake" else package.BIN_DIR) / name)
     if found is None:
         raise SystemExit(f"building the CUDA library needs {name}: pip install {' '.join(map(repr, BUILD_TOOLS))}")
     return found
@@ -109,8 +115,9 @@ class AnyPythonWheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
-setup(
-    ext_modules=[Extension("amskv_kernels.libamskv", sources=[])] if wanted() else [],
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel},
-    setup_requires=build_requirements() if "egg_info" in sys.argv else [],
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("amskv_kernels.libamskv", sources=[])] if wanted() else [],
+        cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel},
+        setup_requires=build_requirements() if "egg_info" in sys.argv else [],
+    )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amskv_kernels import torch_ops
+from amskv_kernels import native, torch_ops
 from amskv_kernels.checks import (
     check_append,
     check_attn,
@@ -38,7 +38,8 @@ SCHEMAS = {
 }
 
 # Implementations, the one to prefer first; each module has one function per op it serves.
-_BACKENDS: dict[str, ModuleType] = {"triton": triton_backend, "torch": torch_ops}
+_BACKENDS: dict[str, ModuleType] = {"cuda": native, "triton": triton_backend, "torch": torch_ops}
+_python_on_cuda: list[torch.library.Library] = []  # the registration of attn and append, while Python has them
 _settings: dict[str, object] = {"backend": "auto", "debug": False}
 
 
@@ -55,6 +56,7 @@ class _Setting:
     def __init__(self, name: str, value: object) -> None:
         self._name, self._before = name, _settings[name]
         _settings[name] = value
+        _route_cuda(False)
 
     def __enter__(self) -> None:
         return None
@@ -63,6 +65,7 @@ class _Setting:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:  # fmt: skip
         _settings[self._name] = self._before
+        _route_cuda(False)
 
 
 def backend(name: str) -> _Setting:
@@ -110,6 +113,41 @@ def _missing(module: ModuleType, op: str, device_type: str, forced: bool) -> str
     return None if unavailable is None else unavailable(device_type, forced)
 
 
+def _backend(op: str, x: Tensor) -> ModuleType:
+    """The backend that serves this call; where it is the CUDA library by itself, later calls go there directly."""
+    name = choose(op, x.device.type).backend
+    if name == "cuda" and _settings == {"backend": "auto", "debug": False}:
+        if x.dtype == torch.float32:  # the library's kernels take 16-bit elements
+            others = [module for other, module in _BACKENDS.items() if other != "cuda"]
+            return next(module for module in others if _missing(module, op, "cuda", False) is None)
+        _route_cuda(True)
+    return _BACKENDS[name]
+
+
+def _route_cuda(direct: bool) -> None:
+    """Put attn and append on CUDA tensors straight behind the dispatcher, or give them back to Python.
+
+    Python's own registration goes first and comes back after: two at a time would make torch warn.
+    """
+    if direct == (not _python_on_cuda):
+        return
+    if direct:
+        for library in _python_on_cuda:
+            library._destroy()
+        _python_on_cuda.clear()
+        torch.ops.amskv.serve_cuda(True)
+        return
+    torch.ops.amskv.serve_cuda(False)
+    _register_on_cuda()
+
+
+def _register_on_cuda() -> None:
+    library = torch.library.Library("amskv", "IMPL", "CUDA")
+    library.impl("attn", attn)
+    library.impl("append", append)
+    _python_on_cuda.append(library)
+
+
 def attn(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
     read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
@@ -142,7 +180,7 @@ def attn(
     refuse_gradients(q, k, v)
     if _settings["debug"]:
         check_tables(pages, arena, read_slots, write_slots, k.shape[1])
-    module = _BACKENDS[choose("attn", q.device.type).backend]
+    module = _backend("attn", q)
     return module.attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
 
 
@@ -155,7 +193,7 @@ def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tens
     refuse_gradients(k, v)
     if _settings["debug"]:
         check_tables(pages, arena, write_slots[..., :0].contiguous(), write_slots, k.shape[1])
-    module = _BACKENDS[choose("append", k.device.type).backend]
+    module = _backend("append", k)
     module.append(k, v, pages, arena, write_slots)
 
 
@@ -291,5 +329,11 @@ for _real, _fake in (
 ):
     _name = _real.__name__
     torch.library.define(f"amskv::{_name}", SCHEMAS[_name])
-    torch.library.impl(f"amskv::{_name}", ("cpu", "cuda"), _real)
+    torch.library.impl(f"amskv::{_name}", "cpu" if _name in ("attn", "append") else ("cpu", "cuda"), _real)
     torch.library.register_fake(f"amskv::{_name}", _fake)
+
+# While the CUDA library serves attn and append, it hands what it has no kernel for (fp32) to these.
+for _name in ("attn", "append"):
+    torch.library.define(f"amskv::{_name}_python", SCHEMAS[_name])
+    torch.library.impl(f"amskv::{_name}_python", "cuda", globals()[_name])
+_register_on_cuda()

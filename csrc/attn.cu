@@ -56,6 +56,7 @@ Error attn(const AttnParams& params, const AttnPlan& plan, void* workspace, Stre
     args.params = params, args.plan = plan;
     args.page_shift = log2_of(params.pool.page_size);
     args.row_tiles = cut.row_tiles, args.key_tiles = cut.key_tiles, args.items = cut.items;
+    args.group = params.heads / params.kv_heads;
     args.k_step = static_cast<int>(k_step), args.v_step = static_cast<int>(v_step);
     if (plan.splits > 1) {
         args.partial_out = static_cast<float*>(workspace);

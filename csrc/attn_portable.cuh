@@ -23,6 +23,7 @@ struct AttnArgs {
     int items;  // row_tiles · splits · kv_heads · batch
     int team_bytes;
     int k_step, v_step;  // bytes from one token to the next
+    int group;           // query heads of a KV head
     float* partial_out;  // (splits, B, n, H, D), where splits > 1
     float* partial_lse;  // (splits, B, H, n), base 2
 };
@@ -111,23 +112,23 @@ struct QueryRow {
     int token, head;
     bool real;
 
-    __device__ __forceinline__ QueryRow(const AttnParams& p, int kv_head, int row) {
-        const int group = p.heads / p.kv_heads;
-        token = row / group;
-        head = kv_head * group + row % group;
-        real = token < p.tokens;
+    __device__ __forceinline__ QueryRow(const AttnArgs& args, int kv_head, int row) {
+        token = args.group == 1 ? row : row / args.group;  // most models have no groups: spare them the division
+        head = kv_head * args.group + row - token * args.group;
+        real = token < args.params.tokens;
     }
 };
 
 // Fetches the team's query rows; rows past the last become zero.
 template <class Tile>
-__device__ __forceinline__ void load_queries(const AttnParams& p, const Work& work, const Team& team) {
+__device__ __forceinline__ void load_queries(const AttnArgs& args, const Work& work, const Team& team) {
+    const AttnParams& p = args.params;
     using Layout = Swizzled<Tile::kHeadDim>;
     const uint16_t* const q = row_of(p.q, work.batch, 0);
     const int chunks = team.warps * Tile::kRowsPerWarp * Layout::kChunks;
     for (int i = team.thread(); i < chunks; i += team.threads()) {
         const int row = i / Layout::kChunks, chunk = i % Layout::kChunks;
-        const QueryRow at(p, work.kv_head, work.first_row + row);
+        const QueryRow at(args, work.kv_head, work.first_row + row);
         const uint16_t* const from = q + at.token * p.q.token_stride + at.head * p.q.head_stride;
         cp_async_16(team.shared + Layout::offset(row, chunk), from + chunk * kChunkElements, at.real);
     }
@@ -356,7 +357,7 @@ __device__ __forceinline__ void store_lse(
     float* const lse = final ? p.lse : args.partial_lse + int64_t{work.split} * p.batch * p.heads * p.tokens;
 #pragma unroll
     for (int i = 0; i < Tile::kRowBlocks * 2; ++i) {
-        const QueryRow at(p, work.kv_head, first_row + i * 8 + lane / 4);
+        const QueryRow at(args, work.kv_head, first_row + i * 8 + lane / 4);
         const float value = registers.row_max[i / 2][i % 2] * (final ? kLn2 : 1.0f);
         if (at.real && lane % 4 == 0) lse[(int64_t{work.batch} * p.heads + at.head) * p.tokens + at.token] = value;
     }
@@ -365,8 +366,9 @@ __device__ __forceinline__ void store_lse(
 // The warp's rows of the output, rounded, through the rows of shared memory that held its queries.
 template <class Tile>
 __device__ __forceinline__ void store_out(
-    const AttnParams& p, const Work& work, const Registers<Tile>& registers, SharedAddress rows, int first_row,
+    const AttnArgs& args, const Work& work, const Registers<Tile>& registers, SharedAddress rows, int first_row,
     int lane) {
+    const AttnParams& p = args.params;
     using Layout = Swizzled<Tile::kHeadDim>;
     warp_barrier();  // a lane may still be reading queries
 #pragma unroll
@@ -382,7 +384,7 @@ __device__ __forceinline__ void store_out(
 #pragma unroll
     for (int i = lane; i < Tile::kRowsPerWarp * Layout::kChunks; i += kWarpLanes) {
         const int row = i / Layout::kChunks, chunk = i % Layout::kChunks;
-        const QueryRow at(p, work.kv_head, first_row + row);
+        const QueryRow at(args, work.kv_head, first_row + row);
         const int64_t to = ((int64_t{work.batch} * p.tokens + at.token) * p.heads + at.head) * Tile::kHeadDim;
         const Chunk value = load_shared_16(rows + Layout::offset(row, chunk));
         if (at.real) *reinterpret_cast<Chunk*>(static_cast<uint16_t*>(p.out) + to + chunk * kChunkElements) = value;
@@ -396,7 +398,7 @@ __device__ __forceinline__ void store_partial(
     const AttnParams& p = args.params;
 #pragma unroll
     for (int i = 0; i < Tile::kRowBlocks * 2; ++i) {
-        const QueryRow at(p, work.kv_head, first_row + i * 8 + lane / 4);
+        const QueryRow at(args, work.kv_head, first_row + i * 8 + lane / 4);
         if (!at.real) continue;
         const int64_t sequence = int64_t{work.split} * p.batch + work.batch;
         float* const to = args.partial_out + ((sequence * p.tokens + at.token) * p.heads + at.head) * Tile::kHeadDim;
@@ -420,7 +422,7 @@ __device__ __forceinline__ void attend(const AttnArgs& args, const Work& work, c
         }
         cp_async_commit();
     };
-    load_queries<Tile>(args.params, work, team);
+    load_queries<Tile>(args, work, team);
     for (int tile = 0; tile < Tile::kStages - 1; ++tile) fetch(tile);
     if (args.params.write.count > 0) {  // while the first tiles are on their way
         const int worker = (work.split * args.row_tiles + work.row_tile) * team.warps + team.warp;
@@ -451,7 +453,7 @@ __device__ __forceinline__ void attend(const AttnArgs& args, const Work& work, c
     if (args.plan.splits > 1) {
         store_partial(args, work, registers, work.first_row + warp_row, team.lane);
     } else {
-        store_out(args.params, work, registers, queries, work.first_row + warp_row, team.lane);
+        store_out(args, work, registers, queries, work.first_row + warp_row, team.lane);
     }
 }
 

@@ -11,6 +11,7 @@
 #include "build_info.h"
 #include "checks.h"
 #include "device_scope.h"
+#include "tiles.h"
 
 namespace amskv {
 namespace {
@@ -138,7 +139,24 @@ void serve_cuda(bool on) {
     registration->impl("attn", TORCH_BOX(&attn_served)).impl("append", TORCH_BOX(&append_served));
 }
 
-std::string build_info() { return kBuildInfo; }
+// The most dynamic shared memory that a team of an attention kernel asks for; ptxas knows of static memory alone.
+template <int kHeadDim, int kRowsPerWarp>
+std::string tile_info() {
+    using Shape = Tile<void, kHeadDim, kRowsPerWarp>;
+    std::ostringstream text;
+    text << "{\"head_dim\": " << kHeadDim << ", \"rows_per_warp\": " << kRowsPerWarp << ", \"keys\": " << Shape::kKeys
+         << ", \"stages\": " << Shape::kStages << ", \"shared\": " << Shape::team_bytes(kMaxWarps, Shape::kStages)
+         << '}';
+    return text.str();
+}
+
+std::string build_info() {
+    std::string info = kBuildInfo;  // a JSON object
+    info.pop_back();
+    info += ", \"tiles\": [" + tile_info<64, 16>() + ", " + tile_info<64, 32>() + ", " + tile_info<96, 16>() + ", " +
+            tile_info<96, 32>() + ", " + tile_info<128, 16>() + ", " + tile_info<128, 32>() + "]}";
+    return info;
+}
 
 }  // namespace
 }  // namespace amskv

@@ -16,7 +16,9 @@ from amskv_kernels import native
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "host"))
 
+import cases  # noqa: E402
 import hostlib  # noqa: E402
+from cases import Case  # noqa: E402
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -74,6 +76,11 @@ for args, what in ((arguments(D=80), "head_dim 80"), (arguments(torch.float32), 
         assert what in str(error), error
     else:
         raise SystemExit(f"the library takes {what}")
+
+import json
+info = json.loads(torch.ops.amskv.build_info())
+assert [(t["head_dim"], t["rows_per_warp"]) for t in info["tiles"]] == [(d, r) for d in (64, 96, 128) for r in (16, 32)]
+assert all(2 * (t["shared"] + 1024) <= 164 * 1024 for t in info["tiles"]), "two blocks must fit an sm_80"
 
 cuda = lambda: [x for x in torch._C._dispatch_dump("amskv::attn").splitlines() if x.startswith("CUDA: ")]
 before = cuda()
@@ -193,3 +200,36 @@ def test_build_has_no_spills_and_few_kernels():
     assert [k for k in kernels if k["spill"]] == []
     for architecture in {k["architecture"] for k in kernels}:
         assert 0 < sum(k["architecture"] == architecture for k in kernels) <= 16
+
+
+GPU_CASES = [
+    Case(),
+    Case(n=1, batch=1, heads=1, kv_heads=1, history=(16,) * 60),
+    Case(n=16, heads=8, kv_heads=2, head_dim=128, page_size=64, history=(64, 64, 9), grow=7),
+    Case(n=100, head_dim=96, page_size=32, history=(32, 1), per_head=True, packed=False, dtype=torch.float16),
+    Case(n=300, head_dim=128, page_size=128, history=(128,) * 5 + (77,)),
+]
+
+
+@pytest.mark.gpu
+@built
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_on_a_gpu_stream_and_in_a_graph(case):
+    """The call itself, on a stream of its own; then captured, its outputs poisoned, and replayed."""
+    inputs = cases.make(case)
+    on_gpu = [x.cuda() for x in inputs.tables]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        out, lse = torch.ops.amskv.attn_cuda(*on_gpu, inputs.scale)
+    stream.synchronize()
+    inputs.out, inputs.lse, inputs.pages = out.cpu(), lse.cpu(), on_gpu[3].cpu()
+    cases.judge(case, inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = torch.ops.amskv.attn_cuda(*on_gpu, inputs.scale)
+    for result in (out, lse):
+        result.fill_(torch.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out.cpu(), inputs.out) and torch.equal(lse.cpu(), inputs.lse)

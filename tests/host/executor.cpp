@@ -182,6 +182,7 @@ void Executor::barrier(int id, int threads, const Where& where) {
         const uint32_t own = joined[w];
         warps_[w].clock = joined;
         warps_[w].clock[w] = own + 1;
+        ++warps_[w].barriers;
     }
     b.arrived = 0;
     b.warps.clear();
@@ -209,6 +210,15 @@ void Executor::check_ordered(Granule& granule, bool writes, const Where& where) 
     }
 }
 
+void Executor::mark_written(Granule& granule, int lane, const Where& where) {
+    const Warp& warp = warps_[fiber().warp];
+    granule.writer = fiber().warp;
+    granule.writer_lane = lane;
+    granule.written = warp.clock[fiber().warp];
+    granule.written_barriers = warp.barriers;
+    granule.written_at = where;
+}
+
 void Executor::copy_async(uint32_t to, const void* from, bool valid, const Where& where) {
     check_range(to, kGranule, where);
     if (valid) {
@@ -234,9 +244,7 @@ void Executor::copy_async(uint32_t to, const void* from, bool valid, const Where
 void Executor::perform(const Copy& copy) {
     Granule& granule = granules_[copy.to / kGranule];
     granule.pending = 0;
-    granule.writer = fiber().warp;
-    granule.written = warps_[fiber().warp].clock[fiber().warp];
-    granule.written_at = copy.where;
+    mark_written(granule, fiber().lane, copy.where);
     if (copy.from) {
         std::memcpy(&shared_[copy.to], copy.from, kGranule);
     } else {
@@ -259,26 +267,28 @@ void Executor::wait_copies(size_t pending) {
     }
 }
 
-const unsigned char* Executor::read(uint32_t from, int bytes, const Where& where) {
+const unsigned char* Executor::read(uint32_t from, int bytes, int lane, const Where& where) {
     check_range(from, bytes, where);
     Granule& granule = granules_[from / kGranule];
     if (granule.pending > 0)
         fail("reads bytes of the cp.async issued at " + at(granule.pending_at) + ", which nothing waited for", where);
     check_ordered(granule, false, where);
+    if (granule.writer == fiber().warp && granule.writer_lane != lane &&
+        granule.written_barriers == warps_[fiber().warp].barriers) {
+        fail("no barrier orders this read after another lane's write at " + at(granule.written_at), where);
+    }
     const int warp = fiber().warp;
     granule.read[warp] = warps_[warp].clock[warp];
     return &shared_[from];
 }
 
-void Executor::write(uint32_t to, const void* from, int bytes, const Where& where) {
+void Executor::write(uint32_t to, const void* from, int bytes, int lane, const Where& where) {
     check_range(to, bytes, where);
     Granule& granule = granules_[to / kGranule];
     if (granule.pending > 0)
         fail("writes over the cp.async issued at " + at(granule.pending_at) + ", still under way", where);
     check_ordered(granule, true, where);
-    granule.writer = fiber().warp;
-    granule.written = warps_[fiber().warp].clock[fiber().warp];
-    granule.written_at = where;
+    mark_written(granule, lane, where);
     std::memcpy(&shared_[to], from, bytes);
 }
 

@@ -28,7 +28,8 @@ struct Dim3 {
 inline constexpr int kLanes = 32;
 inline constexpr int kMaxWarps = 32;
 inline constexpr int kBarriers = 16;
-inline constexpr int kGranule = 16;  // bytes of shared memory that are tracked as one
+inline constexpr int kAllLanes = -1;  // a read on behalf of the whole warp
+inline constexpr int kGranule = 16;   // bytes of shared memory that are tracked as one
 
 // Memory that a kernel may reach by asynchronous copy.
 struct Buffer {
@@ -39,7 +40,7 @@ struct Buffer {
 struct Options {
     bool lazy = false;
     int shared_bytes = 227 * 1024;  // the most a block may ask for
-    std::vector<Buffer> buffers;  // none: not checked
+    std::vector<Buffer> buffers;    // none: not checked
 };
 
 struct Counters {
@@ -76,6 +77,7 @@ struct Warp {
     Where where;
     int arrived = 0;
     uint64_t turn = 0;
+    uint64_t barriers = 0;  // warp_barrier and bar.sync so far: what orders the lanes among themselves
     Clock clock;
 };
 
@@ -89,8 +91,9 @@ struct Barrier {
 struct Granule {
     int pending = 0;  // copies issued and not yet waited for
     Where pending_at;
-    int writer = -1;
-    uint32_t written = 0;  // the writer's clock
+    int writer = -1, writer_lane = -1;
+    uint32_t written = 0;           // the writer's clock
+    uint64_t written_barriers = 0;  // the barriers of its warp so far
     Where written_at;
     uint32_t read[kMaxWarps] = {};  // every warp's clock when it last read
 };
@@ -111,8 +114,10 @@ public:
     void copy_async(uint32_t to, const void* from, bool valid, const Where& where);
     void commit();
     void wait_copies(size_t pending);
-    const unsigned char* read(uint32_t from, int bytes, const Where& where);
-    void write(uint32_t to, const void* from, int bytes, const Where& where);
+    // By a lane of the running fiber's warp.
+    const unsigned char* read(uint32_t from, int bytes, int lane, const Where& where);
+    void write(uint32_t to, const void* from, int bytes, int lane, const Where& where);
+    void warp_barrier() { ++warps_[fiber().warp].barriers; }
     void count_conflicts(const uint32_t* addresses, int threads);
     [[noreturn]] void fail(const std::string& what, const Where& where);
 
@@ -139,6 +144,7 @@ private:
     void perform(const Copy& copy);
     void check_range(uint32_t address, int bytes, const Where& where);
     void check_ordered(Granule& granule, bool writes, const Where& where);
+    void mark_written(Granule& granule, int lane, const Where& where);
     [[noreturn]] void stuck();
     static void enter_fiber();
 

@@ -72,7 +72,7 @@ inline void named_barrier(int id, int threads, Where where = Where::current()) {
 
 inline void warp_barrier(Where where = Where::current()) {
     int none = 0;
-    Executor::get().together("warp_barrier", where, none, [](int**) {});
+    Executor::get().together("warp_barrier", where, none, [](int**) { Executor::get().warp_barrier(); });
 }
 
 inline uint32_t ballot(bool value, Where where = Where::current()) {
@@ -142,7 +142,7 @@ inline void ldmatrix(const char* name, uint32_t (&r)[4], SharedAddress row, bool
             uint32_t rows[8];
             for (int i = 0; i < 8; ++i) {
                 rows[i] = lanes[m * 8 + i]->row;
-                std::memcpy(matrix[i], executor.read(rows[i], 16, lanes[0]->where), 16);
+                std::memcpy(matrix[i], executor.read(rows[i], 16, host::kAllLanes, lanes[0]->where), 16);
             }
             executor.count_conflicts(rows, 8);
             for (int l = 0; l < host::kLanes; ++l) {
@@ -205,7 +205,7 @@ inline void store_shared_4(SharedAddress to, uint32_t value, Where where = Where
         uint32_t addresses[host::kLanes];
         for (int i = 0; i < host::kLanes; ++i) {
             addresses[i] = lanes[i]->to;
-            Executor::get().write(addresses[i], &lanes[i]->value, 4, lanes[i]->where);
+            Executor::get().write(addresses[i], &lanes[i]->value, 4, i, lanes[i]->where);
         }
         Executor::get().count_conflicts(addresses, host::kLanes);
     });
@@ -221,7 +221,7 @@ inline Chunk load_shared_16(SharedAddress from, Where where = Where::current()) 
         uint32_t addresses[host::kLanes];
         for (int i = 0; i < host::kLanes; ++i) {
             addresses[i] = lanes[i]->from;
-            std::memcpy(&lanes[i]->result, Executor::get().read(addresses[i], 16, lanes[i]->where), 16);
+            std::memcpy(&lanes[i]->result, Executor::get().read(addresses[i], 16, i, lanes[i]->where), 16);
         }
         for (int i = 0; i < host::kLanes; i += 8) Executor::get().count_conflicts(addresses + i, 8);
     });

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import cases
 import hostlib
+import numpy as np
 import pytest
 import torch
 from cases import Case
@@ -108,11 +109,42 @@ def test_append(host, head_dim, grow):
     assert torch.equal(inputs.pages.view(torch.int16), truth.pages.view(torch.int16))
 
 
-def test_plan_fills_the_device_and_no_part_is_empty(host):
-    inputs = cases.make(Case(n=1, batch=1, kv_heads=1, heads=1, page_size=128, history=(128,) * 40))
-    arrays = [x.view(torch.int16).numpy().view("uint16") for x in (*inputs.tables[:4], inputs.out)]
-    call = host.Call(*arrays, *(x.numpy() for x in (inputs.arena, inputs.read, inputs.write, inputs.lse)))
-    plan = host.plan(call, "bfloat16", 132, cases.SHARED_BYTES)
-    assert (plan.rows_per_warp, plan.warps, plan.teams) == (16, 1, 1)
-    tiles = 43 * 128 // 64  # the 40 pages, two empty entries around them, and the current row's tile
-    assert 1 < plan.splits <= tiles // 4
+def plan_of(host, case: Case, history_pages: int = 0):
+    """The plan for shapes alone: arrays of one element, stretched."""
+
+    def stretched(*shape: int, dtype: type = np.uint16) -> np.ndarray:
+        return np.broadcast_to(np.zeros((), dtype), shape)
+
+    q = stretched(case.batch, case.n, case.heads, case.head_dim)
+    k = stretched(case.batch, case.n, case.kv_heads, case.head_dim)
+    table = stretched(case.batch, case.kv_heads, dtype=np.int32)
+    slots = stretched(1, 1, history_pages, dtype=np.int32)
+    pages = stretched(1, 2, case.page_size, case.head_dim)
+    call = host.Call(q, k, k, pages, q, table, slots, slots, stretched(1, dtype=np.float32))
+    plan = host.plan(call, "bfloat16", case.multiprocessors, cases.SHARED_BYTES)
+    return plan.rows_per_warp, plan.warps, plan.teams, plan.splits
+
+
+VAR = Case(batch=128, heads=30, kv_heads=30, page_size=16, multiprocessors=132)  # d30, 64 images with guidance
+
+
+@pytest.mark.parametrize(
+    "n, pages, plan",
+    [
+        (1, 0, (16, 1, 4, 1)), (4, 1, (16, 1, 4, 1)), (9, 1, (16, 1, 4, 1)), (16, 1, (16, 1, 4, 1)),
+        (25, 2, (16, 2, 2, 1)), (36, 4, (16, 3, 1, 1)), (64, 6, (16, 4, 1, 1)), (100, 10, (32, 4, 1, 1)),
+        (169, 16, (16, 4, 1, 1)), (256, 27, (32, 4, 1, 1)),
+    ],
+)  # fmt: skip
+def test_plan_of_every_step_of_an_image(host, n, pages, plan):
+    assert plan_of(host, replace(VAR, n=n), pages) == plan
+
+
+def test_few_heads_and_many_keys_are_split_with_no_part_empty(host):
+    case = Case(n=1, batch=1, heads=1, kv_heads=1, page_size=128, multiprocessors=132)
+    rows_per_warp, warps, teams, splits = plan_of(host, case, history_pages=40)
+    tiles = 40 * 128 // 64 + 1
+    assert (rows_per_warp, warps, teams) == (16, 1, 1)
+    assert 1 < splits <= tiles // 4
+    share = -(-tiles // splits)
+    assert (splits - 1) * share < tiles

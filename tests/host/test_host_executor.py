@@ -19,8 +19,12 @@ CASE = Case(n=40, batch=1, history=(16,) * 12 + (3,))
             id="a wait that comes one tile too late",
         ),
         pytest.param(
-            "attn_portable.cuh", "team.barrier();  //", "//", r"attn, block 0, .*no barrier orders this access",
+            "attn_portable.cuh", "team.barrier();  //", "//", r"attn, block 0, .*no barrier orders this",
             id="a missing barrier",
+        ),
+        pytest.param(
+            "attn_portable.cuh", "    warp_barrier();\n#pragma unroll", "#pragma unroll",
+            "no barrier orders this read after another lane's write", id="a missing warp barrier",
         ),
         pytest.param(
             "attn_portable.cuh", "page = slot >> kRowsBits;", "page = (slot >> kRowsBits) + 1;", ".*",
