@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format readme kernel-report gpu-test tune native native-report wheel clean
+.PHONY: help demo test lint format bench bench-smoke readme kernel-report gpu-test tune native native-report wheel clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,12 @@ lint: $(VENV)/ready  ## ruff and mypy
 format: $(VENV)/ready  ## let ruff format and fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/ready  ## every benchmark this machine can run: result, tables, plots (5 to 10 minutes)
+	$(BIN)/python -m benchmarks
+
+bench-smoke: $(VENV)/ready  ## a few benchmark calls, to see that they run
+	$(BIN)/python -m pytest benchmarks/smoke.py
 
 readme: $(VENV)/ready  ## write the tables of README and docs from committed results
 	$(BIN)/python -m benchmarks.readme

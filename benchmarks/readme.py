@@ -11,19 +11,30 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from benchmarks import plans
-from examples.digits import demo
+from benchmarks import plots, tables, targets
+from benchmarks.results import committed, newest, rows
 
+Result = dict[str, Any]
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 DEMO = ROOT / "examples" / "digits" / "results" / "demo.json"
 EVALUATION = ROOT / "examples" / "digits" / "results" / "evaluation.json"
+SHOOTOUT = ROOT / "examples" / "digits" / "results" / "shootout.json"
 HEADLINE = (("var-d30", "full"), ("var-d30", "ams-kv:75"), ("var-d30", "ams-kv:84.83"), ("var-d36", "ams-kv:75"),
             ("infinity-2b", "ams-kv:75"), ("infinity-8b", "ams-kv:75"))  # fmt: skip
 
+STEPS = (("var-d30", "full"), ("var-d30", "ams-kv:75"), ("infinity-2b", "full"))
+NONE_YET = "*Not measured yet: no such result is committed.*"
+PEERS_NOTE = "Columns to the right: a peer's time over ours, so more than 1 is slower than ours."
+
 
 def _digits() -> str:
+    from examples.digits import demo
+
+    if not DEMO.exists():
+        return NONE_YET
     result = json.loads(DEMO.read_text(encoding="utf-8"))
     machine = result["machine"]
     return (
@@ -33,42 +44,124 @@ def _digits() -> str:
     )
 
 
+def _newest(suite: str, device: str | None, make: Callable[[Result], str]) -> str:
+    """What `make` says of the newest committed result that has the suite."""
+    result = newest(committed(), suite, device)
+    return NONE_YET if result is None else make(result)
+
+
 def _planned(cases: tuple[tuple[str, str], ...] | None) -> str:
-    result = json.loads(plans.RESULT.read_text(encoding="utf-8"))
-    rows = [row for row in result["rows"] if cases is None or (row["model"], row["policy"]) in cases]
-    return (
-        f"{plans.render(rows, 'github')}\n\nOne image with guidance, bf16 pages. Memory is exact arithmetic; planned "
-        f"on {result['machine']['cpu']}, one core (`benchmarks/results/plans.json`)."
-    )
+    def make(result: Result) -> str:
+        found = [row for row in rows(result, "plan") if cases is None or (row["model"], row["policy"]) in cases]
+        return (
+            f"{tables.plans(found, 'github')}\n\nOne image with guidance, bf16 pages. Memory is exact arithmetic; "
+            f"planned on {result['machine']['cpu']}, one core (`benchmarks/results/{result['file']}`)."
+        )
+
+    return _newest("plan", None, make)
 
 
 def _settings() -> str:
-    result = json.loads(plans.RESULT.read_text(encoding="utf-8"))
-    lines = [
-        f"| {row['model']} | `{row['policy']}` | {row['saved_of_all']:.2%} | `{row['settings']}` |"
-        for row in result["rows"]
-        if row["policy"] != "full"
-    ]
-    return "\n".join(["| model | policy | tokens saved | settings |", "|---|---|---|---|", *lines])
+    def make(result: Result) -> str:
+        lines = [
+            f"| {row['model']} | `{row['policy']}` | {row['saved_of_all']:.2%} | `{row['settings']}` |"
+            for row in rows(result, "plan")
+            if row["policy"] != "full"
+        ]
+        return "\n".join(["| model | policy | tokens saved | settings |", "|---|---|---|---|", *lines])
+
+    return _newest("plan", None, make)
+
+
+def _captioned(make: Callable[[Result, str], str], before: str = "") -> Callable[[Result], str]:
+    """A table with its machine under it."""
+    return lambda result: f"{make(result, 'github')}\n\n{before}{tables.caption(result)}"
+
+
+def _steps(suite: str) -> Callable[[Result], str]:
+    def make(result: Result) -> str:
+        parts = []
+        for case in tables.cases(rows(result, suite)):
+            if case[:2] not in STEPS or case[2] != (1 if suite == "cpu" else 64):
+                continue
+            own = [row for row in rows(result, suite) if tables.case_of(row) == case]
+            title = f"**{case[0]}, `{case[1]}`, {case[2]} image(s) with guidance, {case[3]}**"
+            parts.append(f"{title}\n\n{tables.steps(own, 'github')}")
+        return "\n\n".join([*parts, f"{PEERS_NOTE} {tables.caption(result)}"])
+
+    return make
+
+
+def _roofs(result: Result) -> str:
+    found = rows(result, "roof")
+    wanted = [row for row in found if row["images"] == 64]
+    first = next((row for row in found if (row["model"], row["policy"]) == STEPS[0]), found[0])
+    title = f"{first['model']}, `{first['policy']}`, {first['images']} images with guidance, bf16"
+    return (
+        f"**Prediction, nothing measured**: the least times that bytes and operations allow on one "
+        f"{first['gpu'].upper()}, {first['ceilings']}.\n\n{tables.roofs(wanted, 'github')}\n\n"
+        f"{title}, one layer's call of each step:\n\n"
+        f"{tables.roof_steps(first, 'github')}\n\n`benchmarks/results/{result['file']}`"
+    )
+
+
+def _pictures() -> str:
+    lines = [f"![{Path(name).stem.replace('-', ' ')}](images/{name})" for name in plots.wanted(committed())]
+    return "\n\n".join(lines) if lines else NONE_YET
 
 
 def _evaluation() -> str:
+    if not EVALUATION.exists():
+        return NONE_YET
     result = json.loads(EVALUATION.read_text(encoding="utf-8"))
     lines = [f"| {name} | {share:.1%} |" for name, share in result["recognised"].items()]
     judge = "; ".join(f"{share:.1%} {name}" for name, share in result["judge"].items())
     return "\n".join(
-        ["| cache | digits recognised |", "|---|---|", *lines, "",
+        ["| policy | digits recognised |", "|---|---|", *lines, "",
          f"{result['images']} digits each. The classifier itself recognises {judge}. Measured on {result['device']}, "
          f"torch {result['torch']}."]
     )  # fmt: skip
 
 
+def _shootout() -> str:
+    from examples.digits import shootout
+
+    if not SHOOTOUT.exists():
+        return NONE_YET
+    result = json.loads(SHOOTOUT.read_text(encoding="utf-8"))
+    machine = result["machine"]
+    return (
+        f"{shootout.render(result['rows'], 'github')}\n\n{result['images']} digits per row with guidance, fp32; "
+        f"{machine.get('gpu', machine['cpu'])}, torch {machine['torch']} "
+        f"(`examples/digits/results/{SHOOTOUT.name}`).\n\n"
+        f"PSNR ahead of a rival, in dB ± standard error, by the share of bytes allowed:\n\n"
+        f"{shootout.margins(result['rows'], 'github')}\n\n"
+        f"What a scale of the digits model is worth to later ones:\n\n{shootout.worth(result['scales'], 'github')}"
+    )
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
+    "shootout": _shootout,
     "digits": _digits,
     "digits-evaluation": _evaluation,
     "plans": lambda: _planned(HEADLINE),
     "all-plans": lambda: _planned(None),
     "settings": _settings,
+    "targets": lambda: targets.render(committed(), "github"),
+    "cpu-sums": lambda: _newest("cpu", "cpu", _captioned(lambda r, s: tables.sums(r, "cpu", s), PEERS_NOTE + " ")),
+    "cpu-steps": lambda: _newest("cpu", "cpu", _steps("cpu")),
+    "cpu-module": lambda: _newest("module", "cpu", _captioned(tables.modules)),
+    "cpu-digits": lambda: _newest("image", "cpu", _captioned(tables.digits)),
+    "gpu-sums": lambda: _newest(
+        "kernel", "cuda", _captioned(lambda r, s: tables.sums(r, "kernel", s), PEERS_NOTE + " ")
+    ),
+    "gpu-steps": lambda: _newest("kernel", "cuda", _steps("kernel")),
+    "gpu-module": lambda: _newest("module", "cuda", _captioned(tables.modules)),
+    "gpu-images": lambda: _newest("image", "cuda", _captioned(tables.images)),
+    "gpu-capacity": lambda: _newest("capacity", "cuda", _captioned(tables.capacity)),
+    "roofs": lambda: _newest("roof", None, _roofs),
+    "pictures": _pictures,
+    "not-measured": lambda: "\n\n".join(f"`{r['file']}`\n\n{tables.missing(r)}" for r in committed() if r["missing"]),
 }
 
 
