@@ -3,20 +3,40 @@
 from amskv_kernels.cache import PagedKVCache
 from amskv_kernels.ops import backend, debug
 from amskv_kernels.plan import CachePlan
-from amskv_kernels.policies import AMSKV, Calibration, Full, Policy, Sink, SlidingWindow, parse_policy
+from amskv_kernels.policies import (
+    AMSKV,
+    H2O,
+    Calibration,
+    Full,
+    HeatKV,
+    Policy,
+    PyramidKV,
+    Recent,
+    ScaleKV,
+    Sink,
+    SlidingWindow,
+    SnapKV,
+    parse_policy,
+)
 from amskv_kernels.schedule import ScaleSchedule
 from amskv_kernels.version import __version__
 
 __all__ = [
     "AMSKV",
+    "H2O",
     "CachePlan",
     "Calibration",
     "Full",
+    "HeatKV",
     "PagedKVCache",
     "Policy",
+    "PyramidKV",
+    "Recent",
+    "ScaleKV",
     "ScaleSchedule",
     "Sink",
     "SlidingWindow",
+    "SnapKV",
     "__version__",
     "backend",
     "debug",

@@ -12,6 +12,7 @@ from amskv_kernels import ops  # noqa: F401 - registers torch.ops.amskv
 from amskv_kernels.checks import refuse_gradients
 from amskv_kernels.layout import HEAD_DIMS
 from amskv_kernels.plan import CachePlan, Slots
+from amskv_kernels.selection import TokenSelector
 
 
 class PagedKVCache:
@@ -47,16 +48,19 @@ class PagedKVCache:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if head_dim not in HEAD_DIMS:
             raise ValueError(f"head_dim is {head_dim}; it must be one of {HEAD_DIMS}")
+        if plan.heads not in (1, kv_heads):
+            raise ValueError(f"kv_heads is {kv_heads}; this plan was made for {plan.heads} KV heads")
         self.plan = plan
         self.batch = batch
-        arenas = batch * kv_heads
+        arenas = batch * kv_heads // plan.heads
         if arenas * plan.pages > torch.iinfo(torch.int32).max:
             raise ValueError(f"the pool would need {arenas * plan.pages} pages; page numbers are 32-bit")
         shape = (arenas * plan.pages, 2, plan.page_size, head_dim)
         self.pages = torch.zeros(shape, dtype=dtype, device=device)
         first = torch.arange(arenas, dtype=torch.int32, device=device) * plan.pages
-        self.arena = first.view(batch, kv_heads)
+        self.arena = first.view(batch, -1).repeat_interleave(plan.heads, dim=1)
         self._read, self._write = _upload(plan, self.pages.device)
+        self._selector = None if plan.selection is None else TokenSelector(plan, self.pages, self.arena)
         self._calls = 0
 
     @property
@@ -77,6 +81,19 @@ class PagedKVCache:
     def reset(self) -> None:
         """Start a new generation; nothing needs to be cleared."""
         self._calls = 0
+        if self._selector is not None:
+            self._selector.reset()
+
+    def prepare(self, layer: int, x: Tensor, weight: Tensor) -> None:
+        """What a model tells before each `attend`; ScaleKV's released mode alone makes use of it.
+
+        Args:
+            layer: of the coming call.
+            x: (B, n, C), the input of the layer's query projection.
+            weight: (H · D, C), the projection's weight.
+        """
+        if self._selector is not None:
+            self._selector.prepare(self.step, layer, x, weight)
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None
@@ -103,7 +120,11 @@ class PagedKVCache:
         refuse_gradients(q, k, v)
         scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
         read, write = self._read[self._calls], self._write[self._calls]
+        if self._selector is not None:
+            self._selector.check(step, layer)
         out, _ = torch.ops.amskv.attn(q, k, v, self.pages, self.arena, read, write, scale)
+        if self._selector is not None:
+            self._selector.after(step, layer, q, k, v, read, scale)
         self._calls += 1
         return out
 
@@ -123,9 +144,11 @@ class PagedKVCache:
 
 
 def _upload(plan: CachePlan, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """Every call's (1, 1, S) tables, as views of one device tensor."""
+    """Every call's (1, heads, S) tables, as views of one device tensor."""
     calls = [(step, layer) for step in range(len(plan.schedule)) for layer in range(plan.num_layers)]
     tables: list[Slots] = [table(*call) for table in (plan.read_slots, plan.write_slots) for call in calls]
-    flat = torch.from_numpy(np.concatenate(tables)).to(device)
-    views = [view.view(1, 1, -1) for view in flat.split([table.size for table in tables])]
+    flat = torch.from_numpy(np.concatenate([table.ravel() for table in tables])).to(device)
+    views = [
+        view.view(1, plan.heads, view.numel() // plan.heads) for view in flat.split([table.size for table in tables])
+    ]
     return views[: len(calls)], views[len(calls) :]

@@ -7,8 +7,12 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from amskv_kernels.version import __version__
+
+if TYPE_CHECKING:
+    from amskv_kernels.models import VAR
 
 DESCRIPTION = """\
 Attention over a planned, paged KV cache for next-scale (VAR) image models.
@@ -16,7 +20,7 @@ Attention over a planned, paged KV cache for next-scale (VAR) image models.
 start here:
   amskv doctor                                                what this machine can run, and why
   amskv plan --model var-d30 --policy ams-kv:75 --images 64   exact cache memory, before running anything
-  amskv calibrate --help                                      find the cache-demanding layers of your checkpoint
+  amskv calibrate --help                                      measure your checkpoint for AMS-KV, ScaleKV or HeatKV
 """
 
 
@@ -39,7 +43,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     shape = ModelShape.named(arguments.model, arguments.schedule)
     policy = parse_policy(arguments.policy, shape.schedule, shape.layers)
-    plan = CachePlan.build(shape.schedule, policy, shape.layers, arguments.page_size)
+    plan = CachePlan.build(shape.schedule, policy, shape.layers, arguments.page_size, shape.kv_heads)
     memory = report(plan, shape, arguments.policy, arguments.images, arguments.dtype, not arguments.no_cfg)
     if arguments.plot:
         from amskv_kernels import plots
@@ -53,11 +57,15 @@ def _plan(arguments: argparse.Namespace) -> int:
         print(json.dumps({**memory.as_dict(), "settings": repr(policy)}, indent=2))
         return 0
     share = f"{memory.retained_tokens_per_layer:.1f} of {memory.total_tokens} tokens per layer"
-    kept = "lossless" if memory.lossless else "approximate: some earlier scales are dropped"
+    dropped = "scales" if plan.selection is None else "tokens"
+    kept = "lossless" if memory.lossless else f"approximate: some earlier {dropped} are dropped"
     print(f"{shape.name} ({memory.schedule}), {memory.images} images = {memory.sequences} sequences, {memory.dtype}")
     print(f"policy     {memory.policy}: {policy!r}")
     print(f"stock      {memory.stock_mib:12,.1f} MiB  every token, fp32 K and 16-bit V")
     print(f"retained   {memory.retained_mib:12,.1f} MiB  {share}: {memory.saved_of_all:.1%} fewer, {kept}")
+    print(
+        f"           {memory.retained_at_stock_dtype_mib:12,.1f} MiB  the same tokens with stock's fp32 K and 16-bit V"
+    )
     print(f"allocated  {memory.allocated_mib:12,.1f} MiB  in pages of {memory.page_size} tokens, known before step 1")
     print(f"peak       {memory.peak_mib:12,.1f} MiB  with the current scale's own K, V")
     print(f"saved      {memory.saved_bytes:12.1%} of stock's bytes; tokens: {memory.saved_of_all:.1%} of all, "
@@ -68,45 +76,84 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
-    import torch
-    from tqdm import tqdm
-
-    from amskv_kernels import plots
-    from amskv_kernels.calibrate import SimilarityRecorder, calibrate
-    from amskv_kernels.models import ConcatKVCache
-    from amskv_kernels.models.checkpoint import load
-
-    if arguments.theta is None and arguments.count is None:
+    if arguments.method == "similarity" and arguments.theta is None and arguments.count is None:
         raise ValueError("give --theta or --count: how to choose the demanding layers")
     if arguments.images < 1:
         raise ValueError(f"--images is {arguments.images}; it must be at least 1")
-    var, vae = load(arguments.var, arguments.vae, arguments.model, arguments.device)
-    config, device = var.config, var.lvl_1L.device
-    labels = torch.arange(arguments.images, device=device) % config.num_classes
-    cache = ConcatKVCache()
-    recorder = SimilarityRecorder(config.schedule, config.depth, cache)
-    batches = labels.split(arguments.batch)
-    bar = tqdm(total=len(batches) * len(config.schedule), unit="step", disable=not sys.stderr.isatty())
+    policy: str = _METHODS[arguments.method](arguments)
+    print(f"written           {arguments.out}")
+    print(f"next              amskv plan --model … --policy {policy}@{arguments.out}")
+    return 0
 
-    def generate(attention: SimilarityRecorder) -> None:
-        rng = torch.Generator(device).manual_seed(arguments.seed)
-        for part in batches:
-            cache.reset()
-            top_k = min(900, config.vocab_size)
-            var.generate(vae, part, attention, top_k=top_k, generator=rng, progress=lambda *_: bar.update() and None)
 
-    name = arguments.model or Path(arguments.var).stem
+def _similarity(arguments: argparse.Namespace) -> str:
+    from amskv_kernels import plots
+    from amskv_kernels.calibrate import SimilarityRecorder, calibrate
+
+    var, generate, name = _load(arguments)
+    recorder = SimilarityRecorder(var.config.schedule, var.config.depth)
     found = calibrate(generate, recorder, theta=arguments.theta, count=arguments.count, model=name)
-    bar.close()
     found.save(arguments.out)
     layers = ", ".join(map(str, found.demanding_layers)) or "none"
     print(f"demanding layers  {layers} (similarity below {found.theta:.4f})")
-    print(f"written           {arguments.out}")
     if arguments.plot:
         plots.similarity(found, arguments.plot)
         print(f"plot              {arguments.plot}")
-    print(f"next              amskv plan --model … --policy ams-kv:75@{arguments.out}")
-    return 0
+    return "ams-kv:75"
+
+
+def _asi(arguments: argparse.Namespace) -> str:
+    from amskv_kernels.calibrate import AttentionRecorder
+
+    var, generate, name = _load(arguments)
+    recorder = AttentionRecorder(var.config.schedule, var.config.depth, top=arguments.top)
+    generate(recorder)
+    found = recorder.drafters(arguments.count, name)
+    found.save(arguments.out)
+    layers = " ".join(",".join(map(str, each)) or "–" for each in found.layers)
+    print(f"drafters          {layers} (by scale)")
+    return "scalekv:10"
+
+
+def _scas(arguments: argparse.Namespace) -> str:
+    from amskv_kernels.calibrate import AttentionRecorder
+
+    var, generate, name = _load(arguments)
+    recorder = AttentionRecorder(var.config.schedule, var.config.depth)
+    generate(recorder)
+    found = recorder.orders(arguments.protected, name)
+    found.save(arguments.out)
+    weakest = ", ".join(f"head {head} of layer {layer}" for head, layer in found.orders[-1][:3])
+    print(f"head orders       {len(found.orders)} source scales; least needed of the last: {weakest}")
+    return "heatkv:10"
+
+
+_METHODS = {"similarity": _similarity, "asi": _asi, "scas": _scas}
+
+
+def _load(arguments: argparse.Namespace) -> tuple[VAR, Callable[[Any], None], str]:
+    """The model, what draws the images with a recorder in between, and a name."""
+    import torch
+    from tqdm import tqdm
+
+    from amskv_kernels.models import ConcatKVCache
+    from amskv_kernels.models.checkpoint import load
+
+    var, vae = load(arguments.var, arguments.vae, arguments.model, arguments.device)
+    config, device = var.config, var.lvl_1L.device
+    labels = torch.arange(arguments.images, device=device) % config.num_classes
+
+    def generate(recorder: Any) -> None:
+        batches = labels.split(arguments.batch)
+        recorder.inner = cache = ConcatKVCache()
+        rng = torch.Generator(device).manual_seed(arguments.seed)
+        with tqdm(total=len(batches) * len(config.schedule), unit="step", disable=not sys.stderr.isatty()) as bar:
+            for part in batches:
+                cache.reset()
+                top_k = min(900, config.vocab_size)
+                var.generate(vae, part, recorder, top_k=top_k, generator=rng, progress=lambda *_: bar.update() and None)
+
+    return var, generate, arguments.model or Path(arguments.var).stem
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -144,18 +191,27 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print all figures as JSON")
     plan.set_defaults(run=_plan)
 
-    calibrate = commands.add_parser("calibrate", help="measure key similarity and choose the demanding layers")
+    calibrate = commands.add_parser("calibrate", help="measure a model for AMS-KV, ScaleKV or HeatKV")
     calibrate.add_argument("--var", required=True, metavar="FILE", help="var_d*.pth or safetensors")
     calibrate.add_argument("--vae", required=True, metavar="FILE", help="vae_ch160v4096z32.pth or safetensors")
     calibrate.add_argument("--model", help="var-d16 … var-d36; needed for .pth files")
-    calibrate.add_argument("--theta", type=float, help="layers of mean similarity below this are demanding")
-    calibrate.add_argument("--count", type=int, help="this many layers are demanding")
+    calibrate.add_argument(
+        "--method", choices=sorted(_METHODS), default="similarity",
+        help="similarity of keys for AMS-KV (default), attention selectivity (ASI) for ScaleKV, S-CAS for HeatKV",
+    )  # fmt: skip
+    calibrate.add_argument("--theta", type=float, help="similarity: layers of a mean below this are demanding")
+    calibrate.add_argument(
+        "--count", type=int,
+        help="similarity: this many layers are demanding; asi: this many (layer, scale) pairs are drafters",
+    )  # fmt: skip
+    calibrate.add_argument("--top", type=int, default=16, help="asi: strongest history keys that count (default 16)")
+    calibrate.add_argument("--protected", type=int, default=3, help="scas: scales that no head drops (default 3)")
     calibrate.add_argument("--images", type=int, default=32, help="images to measure (default 32)")
     calibrate.add_argument("--batch", type=int, default=16, help="images at once (default 16)")
     calibrate.add_argument("--seed", type=int, default=0)
     calibrate.add_argument("--device", default="cpu")
     calibrate.add_argument("--out", default="calibration.json", help="default calibration.json")
-    calibrate.add_argument("--plot", metavar="PNG", help="draw similarity, layers × scales")
+    calibrate.add_argument("--plot", metavar="PNG", help="similarity: draw it, layers × scales")
     calibrate.set_defaults(run=_calibrate)
 
     doctor = commands.add_parser("doctor", help="versions, devices, and which backend serves which op")

@@ -20,6 +20,7 @@ class MemoryReport:
     Attributes:
         stock_mib: every token of every scale in stock's 6 bytes per (K, V) element pair.
         retained_mib: what all layers hold between steps, at the widest step.
+        retained_at_stock_dtype_mib: the same tokens in stock's 6 bytes per pair, as ScaleKV's tables count.
         peak_mib: the most held during any call, the current scale's own K, V in flight included.
         allocated_mib: the pool, pages rounded up.
         saved_of_all: share of all tokens not retained, AMS-KV's convention.
@@ -42,6 +43,7 @@ class MemoryReport:
     retained_tokens_per_layer: float
     stock_mib: float
     retained_mib: float
+    retained_at_stock_dtype_mib: float
     peak_mib: float
     allocated_mib: float
     saved_of_all: float
@@ -73,7 +75,10 @@ def report(
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(PAIR_BYTES)}")
     schedule, sequences = shape.schedule, images * (2 if cfg else 1)
     ours, stock = (token_mib(shape, sequences, pair) for pair in (PAIR_BYTES[dtype], STOCK_PAIR_BYTES))
-    retained = plan.retained_tokens
+    # Where heads differ, a plan counts the tokens of all of them.
+    retained, peak, allocated = (
+        tokens / plan.heads for tokens in (plan.retained_tokens, plan.peak_tokens, plan.allocated_tokens)
+    )
     stock_mib = schedule.total * shape.layers * stock
     return MemoryReport(
         model=shape.name,
@@ -83,20 +88,17 @@ def report(
         sequences=sequences,
         dtype=dtype,
         page_size=plan.page_size,
-        pages_per_sequence_and_head=plan.pages,
+        pages_per_sequence_and_head=-(-plan.pages // plan.heads),
         total_tokens=schedule.total,
         prefix_tokens=schedule.prefix,
         retained_tokens_per_layer=retained / shape.layers,
         stock_mib=stock_mib,
         retained_mib=retained * ours,
-        peak_mib=plan.peak_tokens * ours,
-        allocated_mib=plan.allocated_tokens * ours,
+        retained_at_stock_dtype_mib=retained * stock,
+        peak_mib=peak * ours,
+        allocated_mib=allocated * ours,
         saved_of_all=1 - retained / (schedule.total * shape.layers),
         saved_of_prefix=1 - retained / (schedule.prefix * shape.layers) if schedule.prefix else 0.0,
         saved_bytes=1 - retained * ours / stock_mib,
-        lossless=all(
-            plan.visible(layer, step) == tuple(range(step))
-            for layer in range(shape.layers)
-            for step in range(len(schedule))
-        ),
+        lossless=plan.lossless,
     )

@@ -5,13 +5,17 @@ dead after the last step that reads it, never written if none does. Pages are re
 time (step, layer) hands them out and takes them back, shared by all layers. Entries of one layer that die
 together form a *run* and share their partial page, which grows in place: a later entry is stored in the rows
 after an earlier one's, so only a run, not every scale, pays for rounding to whole pages.
+
+A policy that treats the heads of a layer differently is planned the same way, each (layer, head) on its own; all heads
+of a sequence then share one arena. Under a token policy a layer's tokens are one run: where it keeps all, the run
+grows, where it keeps fewer, the chosen ones move to a fresh run and the old one's pages are free.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -19,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from amskv_kernels.layout import PAGE_SIZES, ROWS_BITS, ROWS_MASK
-from amskv_kernels.policies.base import Policy
+from amskv_kernels.policies.base import HeadPolicy, Policy, Selection, TokenPolicy
 from amskv_kernels.schedule import ScaleSchedule
 
 # Larger pages mean fewer, longer copies, but more rounding: take the largest page whose pool is at most
@@ -35,6 +39,25 @@ class Extent(NamedTuple):
     page_offset: int
     first_row: int
     rows: int
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """What becomes of a layer's keys in a call that does not keep all of them; the same for all its heads.
+
+    Attributes:
+        held: rows in the layer's pages; keys count from here, then the current map's.
+        kept: how many keys stay.
+        observers: positions of the scoring queries in the current map.
+        always: keys that stay whatever their score, ascending.
+        slots: (S,) slots of the fresh pages that take the kept keys.
+    """
+
+    held: int
+    kept: int
+    observers: tuple[int, ...]
+    always: tuple[int, ...]
+    slots: Slots
 
 
 def page_slots(pages: Slots, rows: int, page_size: int) -> Slots:
@@ -61,16 +84,20 @@ class _Run:
 class CachePlan:
     """Which page of an arena holds which entry, at every (step, layer) of a generation.
 
-    One arena belongs to one sequence and KV head; all arenas of a batch follow the same plan.
+    One arena belongs to one sequence and KV head, or, where heads differ, to one sequence and all its `heads`; all
+    arenas of a batch follow the same plan.
 
     Attributes:
         schedule: the model's schedule.
         num_layers: L.
         page_size: rows of a page.
         pages: pages of one arena: the most that are ever live at once.
-        retained: (K,) tokens of all layers held from each step to the next, per sequence and head.
+        retained: (K,) tokens of all layers held from each step to the next, per arena.
         live: (K, L) tokens in pages during each call: what it and later calls read, and what it writes.
         live_pages: (K, L) pages these take.
+        heads: KV heads that share an arena, each with slot tables of its own; 1 where all heads are alike.
+        selection: how a token policy chooses; None where whole scales are kept.
+        lossless: whether every call reads every earlier token.
     """
 
     schedule: ScaleSchedule
@@ -84,9 +111,20 @@ class CachePlan:
     _write: tuple[tuple[Slots, ...], ...]
     _extents: dict[tuple[int, int], tuple[Extent, ...]]
     _last_read: npt.NDArray[np.int64]
+    heads: int = 1
+    selection: Selection | None = None
+    lossless: bool = False
+    _compactions: dict[tuple[int, int], Compaction] = field(default_factory=dict)
 
     @classmethod
-    def build(cls, schedule: ScaleSchedule, policy: Policy, num_layers: int, page_size: int | None = None) -> CachePlan:
+    def build(
+        cls,
+        schedule: ScaleSchedule,
+        policy: Policy,
+        num_layers: int,
+        page_size: int | None = None,
+        kv_heads: int | None = None,
+    ) -> CachePlan:
         """Plan a generation.
 
         Args:
@@ -94,54 +132,74 @@ class CachePlan:
             policy: what each layer reads at each step.
             num_layers: L.
             page_size: 16, 32, 64 or 128; by default the one that suits the schedule (see `PAGE_SLACK`).
+            kv_heads: Hkv; needed where the policy treats heads differently.
 
         Raises:
             ValueError: a page size or layer count out of range, a policy that names a layer the model does
-                not have, reads a scale not yet drawn, or brings a dropped scale back.
+                not have, reads a scale not yet drawn, or brings a dropped scale back, or whose budget is too small
+                for what it always keeps.
         """
         if not isinstance(num_layers, int) or num_layers < 1:
             raise ValueError(f"num_layers is {num_layers!r}; it must be a whole number ≥ 1")
         if page_size is not None and page_size not in PAGE_SIZES:
             raise ValueError(f"page_size is {page_size!r}; it must be one of {PAGE_SIZES}")
         policy.check_layers(num_layers)
-        last_read = lifetimes(schedule, policy, num_layers)
-        chosen = _choose_page_size(schedule, last_read) if page_size is None else page_size
-        return _scan(schedule, last_read, chosen)
+        if isinstance(policy, TokenPolicy):
+            return plan_tokens(schedule, policy, num_layers, page_size)
+        heads = _heads(policy, schedule, num_layers, kv_heads)
+        last_read = lifetimes(schedule, policy, num_layers, heads)
+        chosen = _choose_page_size(schedule, last_read, heads) if page_size is None else page_size
+        return _scan(schedule, last_read, chosen, heads)
 
     def read_slots(self, step: int, layer: int) -> Slots:
-        """(S,) slots of the history that `layer` reads at `step`."""
+        """(S,) slots of the history that `layer` reads at `step`; (heads, S) where heads differ, padded with 0."""
         return self._read[step][layer]
 
     def write_slots(self, step: int, layer: int) -> Slots:
-        """(S,) slots that take the current scale; empty when nothing will read it.
+        """(S,) slots that take the current scale; empty when nothing will read it; (heads, S) where heads differ.
 
         Where their rows sum to more than the scale's tokens, the first page already holds the difference.
         """
         return self._write[step][layer]
 
-    def visible(self, layer: int, step: int) -> tuple[int, ...]:
-        """Earlier scales that `layer` reads at `step`, as the policy gave them."""
-        return tuple(int(s) for s in np.flatnonzero(self._last_read[layer, :step] >= step))
+    def read_rows(self, step: int, layer: int) -> int:
+        """Tokens that `layer` reads from pages at `step`; where heads differ, all of them together."""
+        return int((self._read[step][layer] & ROWS_MASK).sum())
 
-    def slots_of(self, layer: int, step: int, scale: int) -> tuple[Extent, ...]:
+    def compaction(self, step: int, layer: int) -> Compaction | None:
+        """What a token policy does after `layer` has attended at `step`; None where it keeps all or none."""
+        return self._compactions.get((step, layer))
+
+    def visible(self, layer: int, step: int, head: int = 0) -> tuple[int, ...]:
+        """Earlier scales that `layer` reads at `step`, as the policy gave them; where heads differ, those of `head`.
+
+        Raises:
+            ValueError: the plan is of a token policy, which holds no whole scales.
+        """
+        if self.selection is not None:
+            raise ValueError("this plan is of a token policy; which tokens a layer holds is decided on the device")
+        return tuple(int(s) for s in np.flatnonzero(self._last_read[layer * self.heads + head, :step] >= step))
+
+    def slots_of(self, layer: int, step: int, scale: int, head: int = 0) -> tuple[Extent, ...]:
         """Where `layer` finds `scale` at `step`: the scale index of the paged layout.
 
         Raises:
-            ValueError: the layer does not hold that scale at that step.
+            ValueError: the layer, where heads differ its `head`, does not hold that scale at that step.
         """
-        if scale not in self.visible(layer, step):
-            raise ValueError(f"layer {layer} does not hold scale {scale} at step {step}")
-        return self._extents[layer, scale]
+        if scale not in self.visible(layer, step, head):
+            where = f"layer {layer}" if self.heads == 1 else f"head {head} of layer {layer}"
+            raise ValueError(f"{where} does not hold scale {scale} at step {step}")
+        return self._extents[layer * self.heads + head, scale]
 
     @cached_property
     def retained_tokens(self) -> int:
-        """Tokens all layers hold between steps, at the widest step, per sequence and KV head."""
+        """Tokens all layers hold between steps, at the widest step, per arena: of `heads` heads."""
         return int(self.retained.max())
 
     @cached_property
     def peak_tokens(self) -> int:
         """Most tokens held during any call: those in pages plus the current scale's own K, V in flight."""
-        in_flight = np.asarray(self.schedule.tokens)[:, None]
+        in_flight = self.heads * np.asarray(self.schedule.tokens)[:, None]
         return int((self.live + in_flight).max())
 
     @property
@@ -150,18 +208,25 @@ class CachePlan:
         return self.pages * self.page_size
 
 
-def lifetimes(schedule: ScaleSchedule, policy: Policy, num_layers: int) -> npt.NDArray[np.int64]:
-    """(L, K) the last step at which each layer reads each scale; −1 for one that is never read.
+def lifetimes(
+    schedule: ScaleSchedule, policy: Policy, num_layers: int, kv_heads: int = 1
+) -> npt.NDArray[np.int64]:  # fmt: skip
+    """(L · Hkv, K) the last step at which each layer's head reads each scale; −1 for one that is never read.
 
     Raises:
         ValueError: the policy reads a scale not yet drawn, or one it has dropped before.
     """
-    last_read = np.full((num_layers, len(schedule)), -1, dtype=np.int64)
-    for layer in range(num_layers):
+    last_read = np.full((num_layers * kv_heads, len(schedule)), -1, dtype=np.int64)
+    visible_to = policy.visible_to if isinstance(policy, HeadPolicy) else None
+    where = f"{type(policy).__name__} reads scale"
+    for row in range(num_layers * kv_heads):
+        layer, head = divmod(row, kv_heads)
         held: tuple[int, ...] = ()
         for step in range(len(schedule)):
-            visible = tuple(policy.visible(schedule, layer, step))
-            where = f"{type(policy).__name__} reads scale"
+            if visible_to is None:
+                visible = tuple(policy.visible(schedule, layer, step))
+            else:
+                visible = tuple(visible_to(schedule, layer, head, step))
             for scale in visible:
                 if not isinstance(scale, int) or not 0 <= scale < step:
                     raise ValueError(
@@ -172,34 +237,53 @@ def lifetimes(schedule: ScaleSchedule, policy: Policy, num_layers: int) -> npt.N
                         f"{where} {scale} in layer {layer} at step {step}, after having dropped it; "
                         f"a dropped scale must never return"
                     )
-                last_read[layer, scale] = step
+                last_read[row, scale] = step
             if list(visible) != sorted(set(visible)):
                 raise ValueError(f"{where}s {visible} in layer {layer} at step {step}; they must ascend, each once")
             held = visible
     return last_read
 
 
-def _choose_page_size(schedule: ScaleSchedule, last_read: npt.NDArray[np.int64]) -> int:
-    rows = {size: max(_live_pages(schedule, last_read, size), default=0) * size for size in PAGE_SIZES}
-    smallest = min(rows.values())
-    return max(size for size in PAGE_SIZES if rows[size] <= (1 + PAGE_SLACK) * smallest)
+def _heads(policy: Policy, schedule: ScaleSchedule, num_layers: int, kv_heads: int | None) -> int:
+    """How many heads of a layer are planned on their own."""
+    if not isinstance(policy, HeadPolicy):
+        return 1
+    if kv_heads is None or kv_heads < 1:
+        raise ValueError(f"kv_heads is {kv_heads!r}; {type(policy).__name__} treats heads differently and must know it")
+    policy.check_heads(schedule, num_layers, kv_heads)
+    return kv_heads
 
 
-def _live_pages(schedule: ScaleSchedule, last_read: npt.NDArray[np.int64], page_size: int) -> Iterator[int]:
+def _smallest(rows: dict[int, int]) -> int:
+    """The page size to take, given the pool's rows for each."""
+    return max(size for size in PAGE_SIZES if rows[size] <= (1 + PAGE_SLACK) * min(rows.values()))
+
+
+def _choose_page_size(schedule: ScaleSchedule, last_read: npt.NDArray[np.int64], heads: int) -> int:
+    return _smallest(
+        {size: max(_live_pages(schedule, last_read, size, heads), default=0) * size for size in PAGE_SIZES}
+    )
+
+
+def _live_pages(
+    schedule: ScaleSchedule, last_read: npt.NDArray[np.int64], page_size: int, heads: int
+) -> Iterator[int]:  # fmt: skip
     """Pages live during each call, by counting alone."""
     tokens = schedule.tokens
     runs: list[dict[int, int]] = [{} for _ in last_read]
     deaths = last_read.tolist()
-    live = 0
+    live = freed = 0
     for step, count in enumerate(tokens):
-        for layer, rows in enumerate(runs):
-            dies = deaths[layer][step]
+        for row, rows in enumerate(runs):
+            dies = deaths[row][step]
             if dies >= 0:
                 before = rows.get(dies, 0)
                 rows[dies] = before + count
                 live += -(-(before + count) // page_size) - -(-before // page_size)
-            yield live
-            live -= -(-rows.pop(step, 0) // page_size)
+            freed += -(-rows.pop(step, 0) // page_size)
+            if (row + 1) % heads == 0:
+                yield live
+                live, freed = live - freed, 0
 
 
 class Pages:
@@ -227,10 +311,11 @@ class Pages:
         return self.count - len(self.free)
 
 
-def _scan(schedule: ScaleSchedule, last_read: npt.NDArray[np.int64], page_size: int) -> CachePlan:
-    num_layers, steps = last_read.shape
+def _scan(schedule: ScaleSchedule, last_read: npt.NDArray[np.int64], page_size: int, heads: int) -> CachePlan:
+    """Hand out pages call by call. A call is all heads of a layer: what one of them frees, only the next call takes."""
+    steps, num_layers = len(schedule), len(last_read) // heads
     pages = Pages()
-    runs: list[dict[int, _Run]] = [{} for _ in range(num_layers)]
+    runs: list[dict[int, _Run]] = [{} for _ in last_read]
     none = np.empty(0, dtype=np.int32)
     read: list[tuple[Slots, ...]] = []
     write: list[tuple[Slots, ...]] = []
@@ -240,29 +325,60 @@ def _scan(schedule: ScaleSchedule, last_read: npt.NDArray[np.int64], page_size: 
     tokens_live = 0
     deaths = last_read.tolist()
     for step, count in enumerate(schedule.tokens):
-        reads, writes = [], []
-        for layer, held in enumerate(runs):
-            reads.append(np.concatenate([run.slots(page_size) for run in held.values()]) if held else none)
-            dies = deaths[layer][step]
+        reads, writes, dead = [], [], []
+        for row, held in enumerate(runs):
+            reads.append(_full_first([run.slots(page_size) for run in held.values()], page_size) if held else none)
+            dies = deaths[row][step]
             if dies < 0:
                 writes.append(none)
             else:
                 run = held.setdefault(dies, _Run(none))
-                slots, extents[layer, step] = _store(run, count, page_size, pages)
+                slots, extents[row, step] = _store(run, count, page_size, pages)
                 writes.append(slots)
                 tokens_live += count
-            live[step, layer], live_pages[step, layer] = tokens_live, pages.live
-            dead = held.pop(step, None)
-            if dead is not None:
-                tokens_live -= dead.rows
-                pages.give_back(dead.pages)
-        read.append(tuple(reads))
-        write.append(tuple(writes))
+            if step in held:
+                dead.append(held.pop(step))
+            if (row + 1) % heads == 0:
+                layer = row // heads
+                live[step, layer], live_pages[step, layer] = tokens_live, pages.live
+                tokens_live -= sum(run.rows for run in dead)
+                for run in dead:
+                    pages.give_back(run.pages)
+                dead.clear()
+        read.append(_by_layer(reads, heads))
+        write.append(_by_layer(writes, heads))
         retained[step] = tokens_live
     return CachePlan(
         schedule, num_layers, page_size, pages.count, retained, live, live_pages,
-        tuple(read), tuple(write), extents, last_read,
+        tuple(read), tuple(write), extents, last_read, heads, lossless=reads_everything(last_read),
     )  # fmt: skip
+
+
+def _full_first(tables: list[Slots], page_size: int) -> Slots:
+    """One table, full pages before partial ones: kernels need no mask up to the first that is not full."""
+    table = np.concatenate(tables)
+    full = (table & ROWS_MASK) == page_size
+    return np.concatenate([table[full], table[~full]])
+
+
+def _by_layer(tables: list[Slots], heads: int) -> tuple[Slots, ...]:
+    """One table per layer: those of its heads as rows, the shorter ones padded with empty slots."""
+    if heads == 1:
+        return tuple(tables)
+    found = []
+    for first in range(0, len(tables), heads):
+        own = tables[first : first + heads]
+        table = np.zeros((heads, max(len(each) for each in own)), dtype=np.int32)
+        for row, each in zip(table, own, strict=True):
+            row[: len(each)] = each
+        found.append(table)
+    return tuple(found)
+
+
+def reads_everything(last_read: npt.NDArray[np.int64]) -> bool:
+    """Whether every scale is read up to the last step."""
+    steps = last_read.shape[1]
+    return bool((last_read[:, :-1] == steps - 1).all())
 
 
 def _store(run: _Run, count: int, page_size: int, pages: Pages) -> tuple[Slots, tuple[Extent, ...]]:
@@ -277,3 +393,69 @@ def _store(run: _Run, count: int, page_size: int, pages: Pages) -> tuple[Slots, 
         extents.append(Extent(slot >> ROWS_BITS, first_row, end - first_row))
         first_row = 0
     return slots, tuple(extents)
+
+
+def plan_tokens(
+    schedule: ScaleSchedule, policy: TokenPolicy, num_layers: int, page_size: int | None = None
+) -> CachePlan:  # fmt: skip
+    """The plan of a token policy, see `CachePlan.build`.
+
+    Raises:
+        ValueError: the policy asks for tokens that a layer does not have, or has no room for what is always kept.
+    """
+    held = policy.held(schedule, num_layers)
+    if page_size is not None:
+        return _scan_tokens(schedule, policy, held, page_size)
+    plans = {size: _scan_tokens(schedule, policy, held, size) for size in PAGE_SIZES}
+    return plans[_smallest({size: plan.allocated_tokens for size, plan in plans.items()})]
+
+
+def _scan_tokens(
+    schedule: ScaleSchedule, policy: TokenPolicy, held: tuple[tuple[int, ...], ...], page_size: int
+) -> CachePlan:  # fmt: skip
+    steps, num_layers = len(schedule), len(held[0])
+    none = np.empty(0, dtype=np.int32)
+    pages, runs = Pages(), [_Run(none) for _ in range(num_layers)]
+    read: list[tuple[Slots, ...]] = []
+    write: list[tuple[Slots, ...]] = []
+    compactions: dict[tuple[int, int], Compaction] = {}
+    live, live_pages = np.zeros((2, steps, num_layers), dtype=np.int64)
+    retained = np.zeros(steps, dtype=np.int64)
+    for step, count in enumerate(schedule.tokens):
+        read.append(tuple(run.slots(page_size) for run in runs))
+        writes = []
+        for layer, run in enumerate(runs):
+            kept = held[step + 1][layer] if step + 1 < steps else 0
+            writes.append(none)
+            old = run
+            if kept == run.rows + count:
+                writes[-1], _ = _store(run, count, page_size, pages)
+            else:
+                runs[layer] = _Run(pages.take(-(-kept // page_size)), kept)
+                if kept:
+                    slots = runs[layer].slots(page_size)
+                    compactions[step, layer] = _compaction(schedule, policy, step, layer, run.rows, kept, slots)
+            # Until a compaction is done its source is still there.
+            both = sum(each.rows for each in runs) + (old.rows if runs[layer] is not old else 0)
+            live[step, layer], live_pages[step, layer] = both, pages.live
+            if runs[layer] is not old:
+                pages.give_back(old.pages)
+        write.append(tuple(writes))
+        retained[step] = sum(run.rows for run in runs)
+    lossless = all(row == (offset,) * num_layers for row, offset in zip(held, schedule.offsets, strict=True))
+    return CachePlan(
+        schedule, num_layers, page_size, pages.count, retained, live, live_pages, tuple(read), tuple(write),
+        {}, np.empty((0, steps), dtype=np.int64), 1, policy.selection, lossless, compactions,
+    )  # fmt: skip
+
+
+def _compaction(
+    schedule: ScaleSchedule, policy: TokenPolicy, step: int, layer: int, held: int, kept: int, slots: Slots
+) -> Compaction:  # fmt: skip
+    size, selection = schedule.sizes[step], policy.selection
+    if kept > held + size[0] * size[1]:
+        raise ValueError(
+            f"{type(policy).__name__} wants {kept} tokens in layer {layer} after step {step}; it holds {held} and "
+            f"the step brings {size[0] * size[1]}"
+        )
+    return Compaction(held, kept, selection.observing(size), selection.always_kept(size, held, kept), slots)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from amskv_kernels.plan import CachePlan
 from amskv_kernels.policies import Calibration
 
 
-def _axes(width: float, height: float) -> tuple[Any, Any]:
+def _axes(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
     try:
         import matplotlib
     except ImportError as error:
@@ -21,7 +21,7 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=(width, height), layout="constrained", dpi=120)
+    return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", dpi=120)
 
 
 def _save(figure: Any, path: str | Path) -> None:
@@ -49,7 +49,7 @@ def timeline(plans: Mapping[str, CachePlan], token_bytes: Mapping[str, int], tit
     stock = np.cumsum(tokens.repeat(layers)) * token_bytes["stock"] / MIB
     axes.plot(calls, stock, color="black", linestyle="--", label="stock")
     for name, plan in plans.items():
-        axes.plot(calls, plan.live.ravel() * token_bytes["ours"] / MIB, label=name)
+        axes.plot(calls, plan.live.ravel() / plan.heads * token_bytes["ours"] / MIB, label=name)
     axes.set_xticks(steps + 1, [f"{h}×{w}" for h, w in first.schedule.sizes])
     axes.set_xlabel("step: the map being drawn, layer by layer")
     axes.set_ylabel("MiB in the cache")
@@ -72,4 +72,32 @@ def similarity(calibration: Calibration, path: str | Path) -> None:
     axes.set_xlabel("scale, compared with the one before")
     axes.set_ylabel("layer (* cache-demanding)")
     axes.set_title(f"Key similarity of {calibration.model}, {calibration.images} images")
+    _save(figure, path)
+
+
+def quality(rows: Sequence[Mapping[str, Any]], title: str, path: str | Path) -> None:
+    """Quality over bytes, and what explains it, one line a policy.
+
+    Args:
+        rows: of each policy and size: "policy", "retained_share" of stock's bytes, "psnr_db" (None: identical, not
+            drawn), "attention_error".
+        title: of the picture.
+        path: of the PNG.
+    """
+    figure, (left, right) = _axes(11, 4.5, columns=2)
+    names = list(dict.fromkeys(row["policy"] for row in rows if row["psnr_db"] is not None))
+    for i, name in enumerate(names):
+        own = sorted((row for row in rows if row["policy"] == name), key=lambda row: row["retained_share"])
+        shares = [100 * row["retained_share"] for row in own]
+        style: dict[str, Any] = {"marker": "osD^v<>PX*dp"[i % 12], "markersize": 5, "linewidth": 1.3, "label": name}
+        style["color"] = f"C{i}" if i < 10 else ("black", "navy")[i % 2]
+        left.plot(shares, [row["psnr_db"] for row in own], **style)
+        right.plot(shares, [100 * row["attention_error"] for row in own], **style)
+    left.set_ylabel("PSNR to the full cache's images, dB")
+    right.set_ylabel("attention error, %")
+    for axes in (left, right):
+        axes.set_xlabel("retained, % of stock's bytes")
+        axes.grid(alpha=0.3)
+    right.legend(fontsize=8)
+    figure.suptitle(title)
     _save(figure, path)

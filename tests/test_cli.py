@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from amskv_kernels import ScaleSchedule
+from amskv_kernels import CachePlan, ScaleSchedule, parse_policy, plots
 from amskv_kernels.cli import main
 from amskv_kernels.models import VAR, VQVAE, VARConfig, VQVAEConfig
 from amskv_kernels.models.checkpoint import load, save
@@ -65,6 +65,27 @@ def test_plan_draws(capsys, tmp_path):
     assert (tmp_path / "p" / "plan.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_plan_reports_scalekv_as_its_paper_does(capsys):
+    argv = ["plan", "--model", "infinity-2b", "--policy", "scalekv:10", "--images", "8"]
+    figures = json.loads(run(capsys, *argv, "--json")[1])
+    assert figures["retained_at_stock_dtype_mib"] == 3900.0
+    assert (figures["retained_mib"], figures["retained_tokens_per_layer"]) == (2600.0, 650.0)
+    assert figures["saved_of_prefix"] < figures["saved_of_all"]
+    assert figures["peak_mib"] > figures["retained_mib"]
+    out = run(capsys, *argv)[1]
+    assert "3,900.0 MiB  the same tokens" in out
+    assert "approximate: some earlier tokens are dropped" in out
+
+
+@pytest.mark.parametrize("policy", ["snapkv:10", "pyramidkv:10", "h2o:10", "recent:10,4", "scalekv:20,paper"])
+def test_plan_knows_every_policy(capsys, policy, tmp_path):
+    argv = ["plan", "--model", "var-d16", "--policy", policy, "--plot", str(tmp_path / "p.png")]
+    code, out, _ = run(capsys, *argv)
+    assert code == 0
+    assert f"policy     {policy}" in out
+    assert (tmp_path / "p.png").exists()
+
+
 @pytest.fixture
 def checkpoints(tmp_path):
     torch.manual_seed(0)
@@ -95,8 +116,29 @@ def test_calibrate_writes_what_plan_and_policies_read(checkpoints, capsys):
 
 
 @pytest.mark.parametrize(
+    ("method", "policy", "more"),
+    [("asi", "scalekv:100", ["--count", "2", "--top", "4"]), ("scas", "heatkv:80", ["--protected", "2"])],
+)
+def test_calibrate_measures_attention(checkpoints, capsys, method, policy, more):
+    out_file = checkpoints / "m.json"
+    code, out, err = run(
+        capsys, "calibrate", "--method", method, "--var", str(checkpoints / "var.safetensors"), "--vae",
+        str(checkpoints / "vae.safetensors"), "--images", "3", "--batch", "2", "--out", str(out_file), *more,
+    )  # fmt: skip
+    assert code == 0, err
+    assert f"--policy {policy.partition(':')[0]}:" in out
+    parsed = parse_policy(f"{policy}@{out_file}", SCHEDULE, 2)
+    plan = CachePlan.build(SCHEDULE, parsed, 2, kv_heads=1)
+    assert 0 < plan.retained_tokens <= 2 * SCHEDULE.prefix
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["calibrate", "--method", "magic", "--var", "x", "--vae", "x"], "invalid choice: 'magic'"),
+        (["calibrate", "--method", "asi", "--var", "no.pth", "--vae", "no.pth"], "no.pth cannot be read"),
+        (["plan", "--model", "var-d30", "--policy", "heatkv:5@no.json"], "head order no.json cannot be read"),
+        (["plan", "--model", "var-d30", "--policy", "scalekv:2"], "it must hold the observation window of 16"),
         (["plan", "--model", "var-d99", "--policy", "full"], "model 'var-d99' is not known; known: var-d16"),
         (["plan", "--model", "var-d30", "--policy", "magic"], "policy 'magic' is not known; known: full"),
         (["plan", "--model", "var-d30", "--policy", "full", "--images", "0"], "images is 0; it must be at least 1"),
@@ -152,3 +194,13 @@ def test_doctor_tells_backends(capsys):
 def test_the_first_screen_says_what_to_do():
     shown = subprocess.run([sys.executable, "-m", "amskv_kernels"], capture_output=True, text=True, check=True)
     assert "start here:" in shown.stdout
+
+
+def test_quality_is_drawn_without_what_is_identical(tmp_path):
+    rows = [
+        {"policy": "full", "retained_share": 0.6, "psnr_db": None, "attention_error": 0.0},
+        *({"policy": f"p{i}", "retained_share": 0.1 * j, "psnr_db": 30.0 + i, "attention_error": 0.2}
+          for i in range(12) for j in (1, 2)),
+    ]  # fmt: skip
+    plots.quality(rows, "title", tmp_path / "sub" / "q.png")
+    assert (tmp_path / "sub" / "q.png").read_bytes()[:4] == b"\x89PNG"

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from amskv_kernels import AMSKV, Full, ScaleSchedule, SlidingWindow
+from amskv_kernels import AMSKV, H2O, Full, HeatKV, PagedKVCache, ScaleKV, ScaleSchedule, SlidingWindow
 from amskv_kernels.integrations.var import patch
+from amskv_kernels.policies import HeadOrders
 
 LABELS = torch.tensor([3, 7])
 POLICY = AMSKV(condensed=0, local=1, demanding_local=2, demanding_layers=(1,))
@@ -75,6 +76,31 @@ def test_a_policy_is_attention_masked_to_the_visible_scales(model, monkeypatch):
     torch.testing.assert_close(got, masked, rtol=0, atol=2e-5)
     monkeypatch.undo()
     assert (images(model) - masked).abs().max() > 1e-3, "the mask changes the images"
+
+
+def test_token_and_head_policies_run_through_the_patch(model):
+    schedule = ScaleSchedule([(p, p) for p in model.patch_nums])
+    expected = images(model)
+    scores = torch.rand(3, 2, len(schedule), generator=torch.Generator().manual_seed(0)).tolist()
+    released = ScaleKV(16, drafters=((0,),))  # 16 tokens are all but the last scale: lossless
+    for policy, lossless in ((H2O(6), False), (HeatKV(0.7, HeadOrders.from_scores(scores, schedule, 1)), False),
+                             (released, True)):  # fmt: skip
+        with patch(model, policy) as patched:
+            got = images(model)
+            assert patched.plan.lossless == lossless
+        difference = float((got - expected).abs().max())
+        assert difference < 2e-5 if lossless else 1e-4 < difference < 10
+
+
+def test_released_scalekv_gets_its_raw_queries(monkeypatch):
+    model = public_var.VAR(patch_nums=(1, 2, 4, 5, 6)).eval()
+    seen = []
+    prepare = PagedKVCache.prepare
+    monkeypatch.setattr(PagedKVCache, "prepare", lambda *a: (seen.append((a[2].shape, a[3].shape)), prepare(*a))[1])
+    with patch(model, ScaleKV(20, drafters=((0,),))) as patched:
+        assert torch.isfinite(images(model)).all()
+        assert not patched.plan.lossless
+    assert seen[-1] == ((4, 36, 128), (128, 128))
 
 
 def _mask_public(monkeypatch, attention, visible, schedule):

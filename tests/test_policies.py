@@ -132,7 +132,7 @@ def test_for_saving_takes_the_ranking():
             lambda: AMSKV.with_capacity(9, 9, similarity=[[0.0] * 10], theta=0.0).check_layers(2),
             "similarity has 1 layers; this model has 2",
         ),
-        (lambda: parse_policy("h2o:4", VAR_256, 4), "policy 'h2o:4' is not known; known: full"),
+        (lambda: parse_policy("magic:4", VAR_256, 4), "policy 'magic:4' is not known; known: full"),
         (lambda: parse_policy("ams-kv:lots", VAR_256, 4), "policy 'ams-kv:lots': could not convert"),
         (lambda: parse_policy("sink:1", VAR_256, 4), "policy 'sink:1': invalid literal"),
         (lambda: parse_policy("ams-kv:75@nowhere.json", VAR_256, 4), "calibration nowhere.json cannot be read"),

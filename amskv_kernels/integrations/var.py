@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from amskv_kernels.cache import PagedKVCache
+from amskv_kernels.integrations.common import fits, require
 from amskv_kernels.plan import CachePlan
 from amskv_kernels.policies import Policy
 from amskv_kernels.schedule import ScaleSchedule
@@ -45,7 +46,8 @@ class PatchedVAR:
     def __init__(self, model: Any, policy: Policy, page_size: int | None, observe: Observer | None) -> None:
         self._attentions = _attention_modules(model)
         schedule = ScaleSchedule([(size, size) for size in model.patch_nums])
-        self.plan = CachePlan.build(schedule, policy, len(self._attentions), page_size)
+        heads = self._attentions[0].num_heads if self._attentions else None
+        self.plan = CachePlan.build(schedule, policy, len(self._attentions), page_size, heads)
         self.cache: PagedKVCache | None = None
         self._observe = observe
         self._caching = False
@@ -75,17 +77,17 @@ class PatchedVAR:
         if enable and self.cache is not None:
             self.cache.reset()
 
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        """Through the cache, which the first call of a generation makes to measure."""
+    def _ready(self, layer: int, k: Tensor) -> PagedKVCache:
+        """The cache, which the first call of a generation makes to measure."""
         batch, _, heads, head_dim = k.shape
         if self._observe is not None:
             self._observe(layer, k)
         cache = self.cache
-        if cache is None or (cache.step == 0 and cache.layer == 0 and not _fits(cache, k)):
+        if cache is None or (cache.step == 0 and cache.layer == 0 and not fits(cache, k)):
             cache = self.cache = PagedKVCache(
                 self.plan, batch=batch, kv_heads=heads, head_dim=head_dim, dtype=k.dtype, device=k.device
             )
-        return cache.attend(layer, q, k, v, softmax_scale)
+        return cache
 
 
 class _Forward:
@@ -107,7 +109,10 @@ class _Forward:
             length = own.scale_mul_1H11.clamp_max(own.max_scale_mul).exp().transpose(1, 2)
             q, k = F.normalize(q, dim=-1) * length, F.normalize(k, dim=-1)
         # Under autocast the norm gives fp32; attention takes 16 bit there anyway.
-        out = self._patched._attend(self._layer, q.to(v.dtype), k.to(v.dtype), v, float(own.scale))
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        cache = self._patched._ready(self._layer, k)
+        cache.prepare(self._layer, x, own.mat_qkv.weight[: len(own.q_bias)])
+        out = cache.attend(self._layer, q, k, v, float(own.scale))
         return own.proj_drop(own.proj(out.view(batch, n, -1)))
 
 
@@ -133,23 +138,12 @@ def patch(
 
 
 def _attention_modules(model: Any) -> list[Any]:
-    _require(model, "model", _MODEL_NEEDS)
+    require(model, "model", _MODEL_NEEDS, "VAR")
     found = []
     for layer, block in enumerate(model.blocks):
         attention: Any = getattr(block, "attn", None)
-        _require(attention, f"model.blocks[{layer}].attn", _ATTENTION_NEEDS)
+        require(attention, f"model.blocks[{layer}].attn", _ATTENTION_NEEDS, "VAR")
         if isinstance(attention.forward, _Forward):
             raise ValueError("model is patched already; undo() that patch first")
         found.append(attention)
     return found
-
-
-def _require(owner: object, name: str, attributes: tuple[str, ...]) -> None:
-    missing = [attribute for attribute in attributes if not hasattr(owner, attribute)]
-    if missing:
-        raise TypeError(f"{name} is a {type(owner).__name__} without {', '.join(missing)}; it must be the public VAR's")
-
-
-def _fits(cache: PagedKVCache, k: Tensor) -> bool:
-    same_arena = tuple(cache.arena.shape) == (k.shape[0], k.shape[2])
-    return same_arena and cache.pages.dtype == k.dtype and cache.pages.device == k.device

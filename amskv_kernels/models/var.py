@@ -27,7 +27,8 @@ class Attention(Protocol):
     """Where a layer's q, k, v go: a cache in generation, a mask in training.
 
     An object may also have `keeps_fp32_keys = True`: then q and k of an L2-normalised model arrive in fp32, as stock
-    code caches them. Without it (or False) they arrive in v's dtype.
+    code caches them. Without it (or False) they arrive in v's dtype. And it may have `prepare(layer, x, weight)`,
+    called before each `attend` with the input (B, n, C) and the weight (H · D, C) of the layer's query projection.
     """
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
@@ -125,6 +126,9 @@ class SelfAttention(nn.Module):
             k = F.normalize(k.float(), dim=-1)
             if not getattr(attention, "keeps_fp32_keys", False):
                 q, k = q.to(v.dtype), k.to(v.dtype)
+        prepare = getattr(attention, "prepare", None)
+        if prepare is not None:
+            prepare(self.layer, x, self.mat_qkv.weight[: len(self.q_bias)])
         out = attention.attend(self.layer, q, k, v, self.softmax_scale)
         return self.proj(out.reshape(b, n, -1))
 

@@ -1,11 +1,19 @@
-"""What every cache policy is: a pure function from (schedule, layer, step) to the scales still held."""
+"""What every cache policy is: a pure function of (schedule, layer, head, step) that says what is still held.
+
+Three kinds: a `Policy` keeps whole scales, the same for every head of a layer; a `HeadPolicy` whole scales, head by
+head; a `TokenPolicy` a number of tokens, which it says how to choose.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
 
 from amskv_kernels.schedule import ScaleSchedule
+
+Observers = Literal["grid", "last", "all", "none"]
 
 
 class Policy(ABC):
@@ -21,6 +29,111 @@ class Policy(ABC):
 
     def check_layers(self, num_layers: int) -> None:  # noqa: B027 - most policies treat all layers alike
         """Raise ValueError when the policy names a layer that a model of `num_layers` does not have."""
+
+
+class HeadPolicy(Policy):
+    """Decides which earlier scales each KV head of a layer reads."""
+
+    @abstractmethod
+    def visible_to(self, schedule: ScaleSchedule, layer: int, head: int, step: int) -> tuple[int, ...]:
+        """Earlier scales (0-based, ascending, all < step) that KV head `head` of `layer` reads at `step`."""
+
+    @abstractmethod
+    def check_heads(self, schedule: ScaleSchedule, num_layers: int, kv_heads: int) -> None:
+        """Raise ValueError when the policy was made for other heads, layers or scales."""
+
+    def visible(self, schedule: ScaleSchedule, layer: int, step: int) -> tuple[int, ...]:
+        """Every earlier scale: some head may read it."""
+        return tuple(range(step))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How tokens are chosen among those held and the current map's: by whose attention, and which always stay.
+
+    The keys of a layer stand in one row: tokens held, oldest first, then the current map's. A key's score is the
+    attention that the observers, queries of the current map, pay to it.
+
+    Attributes:
+        observers: "grid": the centre token of each patch of a 4 × 4 grid over the map; "last": the map's last `window`
+            tokens; "all": every token; "none": nothing is scored.
+        window: how many observers "last" has.
+        score: "softmax" adds up attention probabilities, "sum_logits" the logits before the softmax.
+        raw_queries: observe with the query projection alone, without bias, norm, scale and rotation.
+        pool: smooths the scores along the row of keys with a window of `kernel`.
+        kernel: odd.
+        accumulate: a key's scores of all steps are added up, not only the current one's.
+        recent: share of the kept tokens that are the most recent ones, whatever their score.
+        first: this many of the first tokens always stay.
+
+    The observers of "grid" and "last" always stay themselves, and are not scored.
+    """
+
+    observers: Observers
+    window: int = 16
+    score: Literal["softmax", "sum_logits"] = "softmax"
+    raw_queries: bool = False
+    pool: Literal["max", "mean"] | None = None
+    kernel: int = 5
+    accumulate: bool = False
+    recent: float = 0.0
+    first: int = 0
+
+    def observing(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Positions of the observers in a map of `size` (h, w); a map with fewer tokens observes with all of them."""
+        h, w = size
+        if self.observers == "last":
+            return tuple(range(max(0, h * w - self.window), h * w))
+        if self.observers == "grid":
+            rows, columns = _centres(h), _centres(w)
+            return tuple(row * w + column for row in rows for column in columns)
+        return tuple(range(h * w)) if self.observers == "all" else ()
+
+    def always_kept(self, size: tuple[int, int], held: int, kept: int) -> tuple[int, ...]:
+        """Keys that stay whatever their score, ascending, where `held` + h·w keys shrink to `kept`.
+
+        Raises:
+            ValueError: `kept` has no room for them.
+        """
+        total = held + size[0] * size[1]
+        if self.observers in ("grid", "last"):
+            always = tuple(held + i for i in self.observing(size))
+        else:
+            recent = kept - self.first if self.observers == "none" else round(self.recent * kept)
+            always = tuple(sorted({*range(self.first), *range(total - recent, total)}))
+        if len(always) > kept:
+            raise ValueError(f"a budget of {kept} tokens cannot hold the {len(always)} that are always kept")
+        return always
+
+
+class TokenPolicy(Policy):
+    """Decides how many tokens each layer's heads hold at each step, and how they are chosen."""
+
+    @property
+    @abstractmethod
+    def selection(self) -> Selection:
+        """How the tokens are chosen."""
+
+    @abstractmethod
+    def held(self, schedule: ScaleSchedule, num_layers: int) -> tuple[tuple[int, ...], ...]:
+        """(K, L) tokens that every head of a layer reads at each step, the current map's not counted.
+
+        From one step to the next a layer gains at most the step's own tokens; whatever it does not gain, it drops.
+
+        Raises:
+            ValueError: a budget without room for what must be kept.
+        """
+
+    def visible(self, schedule: ScaleSchedule, layer: int, step: int) -> tuple[int, ...]:
+        """Every earlier scale: some of its tokens may be held."""
+        return tuple(range(step))
+
+
+def _centres(side: int, patches: int = 4) -> tuple[int, ...]:
+    """The middle of each of `patches` equal parts of a side; of every token where there are fewer."""
+    count = min(patches, side)
+    part = side // count
+    return tuple(i * part + (part - 1) // 2 for i in range(count))
 
 
 def whole_number(name: str, value: object, least: int) -> int:

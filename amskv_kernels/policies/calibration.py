@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from amskv_kernels.policies.base import check_layers_exist, layer_set
+from amskv_kernels.policies.files import check_fits, finite_table, read_fields
 from amskv_kernels.schedule import ScaleSchedule
 
 FORMAT = "amskv-similarity-1"
@@ -56,46 +56,22 @@ class Calibration:
             ValueError: the file is missing, is not JSON, or a field is missing or out of range; the message
                 names the file and the field.
         """
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"calibration {path} cannot be read: {error}") from error
-        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-            raise ValueError(f"calibration {path} has format {found!r}; it must be {FORMAT!r}")
-        try:
-            return cls._parse(raw)
-        except (KeyError, TypeError, ValueError) as error:
-            field = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"calibration {path} is corrupt: {field}") from error
+        return read_fields(path, "calibration", FORMAT, cls._parse)
 
     @classmethod
     def _parse(cls, raw: dict) -> Calibration:
         sizes = ScaleSchedule(raw["schedule"]).sizes
-        similarity = tuple(tuple(float(x) for x in row) for row in raw["similarity"])
-        if not similarity or any(len(row) != len(sizes) for row in similarity):
-            raise ValueError(f"similarity must have {len(sizes)} entries, one per scale, in each of one or more layers")
-        if not all(math.isfinite(x) for row in similarity for x in row):
-            raise ValueError("similarity holds a number that is not finite")
+        similarity = finite_table("similarity", raw["similarity"], len(sizes))
         demanding = layer_set("demanding_layers", raw["demanding_layers"])
         check_layers_exist("demanding_layers", demanding, len(similarity))
         return cls(sizes, similarity, demanding, float(raw["theta"]), int(raw["images"]), str(raw["model"]))
 
     def check_fits(self, schedule: ScaleSchedule, num_layers: int) -> None:
         """Raise ValueError when the calibration was made for another depth or schedule."""
-        if self.num_layers != num_layers:
-            raise ValueError(f"the calibration was made for {self.num_layers} layers; this model has {num_layers}")
-        if self.schedule != schedule.sizes:
-            raise ValueError(
-                f"the calibration was made for maps {_brief(self.schedule)}; this schedule has {_brief(schedule.sizes)}"
-            )
+        check_fits("the calibration", self.schedule, self.num_layers, schedule, num_layers)
 
 
 def rank_layers(similarity: tuple[tuple[float, ...], ...]) -> tuple[int, ...]:
     """Layers by mean similarity over the scales after the first, lowest (most demanding) first."""
     means = [sum(row[1:]) / max(1, len(row) - 1) for row in similarity]
     return tuple(sorted(range(len(means)), key=lambda layer: (means[layer], layer)))
-
-
-def _brief(sizes: tuple[tuple[int, int], ...]) -> str:
-    return " ".join(f"{h}×{w}" for h, w in sizes)

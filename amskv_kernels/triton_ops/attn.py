@@ -254,7 +254,8 @@ def attn(
     scale = softmax_scale / math.log(2)
     meta = {
         "G": group, "D": head_dim, "BD": padded(head_dim), "PS": page_size, "BM": tile.block_m, "BN": tile.block_n,
-        "num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers if group == 1 else None,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+        "maxnreg": None if tile.heads > 1 and group > 1 else tile.registers,
         "enable_fp_fusion": True,
     }  # fmt: skip
     with on_device(q):

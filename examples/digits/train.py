@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from amskv_kernels.models import VAR, VQVAE, checkpoint
 from amskv_kernels.schedule import ScaleSchedule
