@@ -1,6 +1,6 @@
 """Compile every kernel for every architecture, without a GPU, and read the binaries.
 
-    python benchmarks/kernel_report.py [--out benchmarks/results/kernel-report.json] [--jobs 2]
+    python benchmarks/kernel_report.py [--out benchmarks/reports/kernel-report.json] [--jobs 2]
 
 The launches are recorded from the launchers themselves, so a kernel is compiled with the constants, the pointer and
 stride alignment and the warps it would run with. Fails if anything spills or needs more than the architecture has.
@@ -215,7 +215,7 @@ def _measure(job: tuple[Launch, int]) -> dict[str, object]:
 def main() -> int:
     """Compile everything, print the table, write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernel-report.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/reports/kernel-report.json"))
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))
     parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     options = parser.parse_args()
