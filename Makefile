@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-smoke readme kernel-report gpu-test tune native native-report wheel clean
+.PHONY: help demo test lint format bench bench-smoke shootout readme kernel-report gpu-test tune native native-report wheel clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ $(VENV)/ready: requirements.txt pyproject.toml setup.py
 
 demo: $(VENV)/ready  ## digits from one seed under every policy: table and pictures (3 minutes)
 	$(BIN)/python -m examples.digits.demo
+
+shootout: $(VENV)/ready  ## every cache policy at equal bytes on the digits: table and plot (6 minutes)
+	$(BIN)/python -m examples.digits.shootout
 
 test: lint  ## everything that needs no GPU
 	$(BIN)/python -m pytest
