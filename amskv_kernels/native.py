@@ -52,6 +52,8 @@ def unavailable(device_type: str, forced: bool) -> str | None:
         return f"serves CUDA tensors, not {device_type}"
     if (reason := why_not_loaded()) is not None:
         return reason
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible to this torch"
     capability = torch.cuda.get_device_capability()
     if not forced and capability not in TESTED_CAPABILITIES:
         return f"not yet tested on compute capability {capability[0]}.{capability[1]}"

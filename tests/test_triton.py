@@ -215,7 +215,9 @@ def test_triton_serves_a_gpu_and_says_why_not_a_cpu(monkeypatch):
     with amskv_kernels.backend("triton"), pytest.raises(RuntimeError, match="on the CPU it needs its interpreter"):
         ops.choose("attn", "cpu")
     monkeypatch.setattr(triton_backend, "find_spec", lambda _: None)
-    assert ops.choose("attn", "cuda") == ("torch", "triton: Triton is not installed; the first that serves it")
+    choice = ops.choose("attn", "cuda")
+    assert choice.backend == "torch"
+    assert choice.reason.endswith("triton: Triton is not installed; the first that serves it")
 
 
 def test_the_tile_table_serves_every_call():
