@@ -56,7 +56,8 @@ class PagedKVCache:
         if arenas * plan.pages > torch.iinfo(torch.int32).max:
             raise ValueError(f"the pool would need {arenas * plan.pages} pages; page numbers are 32-bit")
         shape = (arenas * plan.pages, 2, plan.page_size, head_dim)
-        self.pages = torch.zeros(shape, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # a pool made by a generation in inference mode serves later ones outside
+            self.pages = torch.zeros(shape, dtype=dtype, device=device)
         first = torch.arange(arenas, dtype=torch.int32, device=device) * plan.pages
         self.arena = first.view(batch, -1).repeat_interleave(plan.heads, dim=1)
         self._read, self._write = _upload(plan, self.pages.device)

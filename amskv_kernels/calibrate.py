@@ -67,8 +67,8 @@ class SimilarityRecorder:
     ) -> None:  # fmt: skip
         self.schedule, self.inner, self.mode = schedule, inner, mode
         self.images = 0
-        self._sums = torch.zeros(num_layers, len(schedule), dtype=torch.float64)
-        self._generations = 0
+        self._sums = torch.zeros(num_layers, len(schedule), dtype=torch.float64)  # over sequences
+        self._sequences = 0
         self._calls = 0
         self._previous: list[Tensor | None] = [None] * num_layers
 
@@ -79,12 +79,13 @@ class SimilarityRecorder:
             raise ValueError(f"layer is {layer}; the next call is layer {expected} of step {step}")
         previous, sizes = self._previous[layer], self.schedule.sizes
         if step > 0 and previous is not None:
-            self._sums[layer, step] += key_similarity(previous, k, sizes[step - 1], sizes[step], self.mode).cpu()
+            alike = key_similarity(previous, k, sizes[step - 1], sizes[step], self.mode)
+            self._sums[layer, step] += k.shape[0] * alike.cpu()
         self._previous[layer] = k
         self._calls += 1
         if self._calls == len(self.schedule) * len(self._previous):
             self._calls = 0
-            self._generations += 1
+            self._sequences += k.shape[0]
             self.images += k.shape[0] // 2
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
@@ -95,14 +96,14 @@ class SimilarityRecorder:
         return self.inner.attend(layer, q, k, v, softmax_scale)
 
     def similarity(self) -> tuple[tuple[float, ...], ...]:
-        """(L, K) means over the generations seen; 0 for scale 0.
+        """(L, K) means over the sequences seen; 0 for scale 0.
 
         Raises:
             ValueError: no generation has been seen to its end.
         """
-        if self._generations == 0:
+        if self._sequences == 0:
             raise ValueError("no whole generation has been recorded yet")
-        return tuple(tuple(row) for row in (self._sums / self._generations).tolist())
+        return tuple(tuple(row) for row in (self._sums / self._sequences).tolist())
 
 
 def demanding_layers(
@@ -185,7 +186,7 @@ class AttentionRecorder:
         # Mean attention to the current map, and to the strongest `top` keys of the history.
         self._current, self._strong = torch.zeros(2, num_layers, len(schedule), dtype=torch.float64)
         self._mass: Tensor | None = None  # (L, Hkv, K) attention to each earlier scale, summed over later ones
-        self._generations = 0
+        self._sequences = 0
         self._calls = 0
         self._keys: list[list[Tensor]] = [[] for _ in range(num_layers)]
 
@@ -208,14 +209,15 @@ class AttentionRecorder:
             history = weights[..., : every.shape[3] - k.shape[1]]
             if step:
                 strong += share * float(history.topk(min(self.top, history.shape[3])).values.sum(-1).mean())
-        self._current[layer, step] += float(scales[:, step].mean())
-        self._strong[layer, step] += strong
-        self._mass[layer, :, :step] += scales[:, :step]
+        sequences = k.shape[0]
+        self._current[layer, step] += sequences * float(scales[:, step].mean())
+        self._strong[layer, step] += sequences * strong
+        self._mass[layer, :, :step] += sequences * scales[:, :step]
         self._calls += 1
         if self._calls == len(self.schedule) * len(self._keys):
             self._calls = 0
-            self._generations += 1
-            self.images += k.shape[0] // 2
+            self._sequences += sequences
+            self.images += sequences // 2
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
         """`observe`, then what the inner attention gives."""
@@ -231,7 +233,7 @@ class AttentionRecorder:
             ValueError: no generation has been seen to its end.
         """
         self._check_seen()
-        return tuple(tuple(row) for row in (self._current * self._strong / self._generations**2).tolist())
+        return tuple(tuple(row) for row in (self._current * self._strong / self._sequences**2).tolist())
 
     def scores(self) -> list[list[list[float]]]:
         """(L, Hkv, K) S-CAS: mean attention that a head pays to a scale while each later one is drawn.
@@ -242,7 +244,7 @@ class AttentionRecorder:
         self._check_seen()
         assert self._mass is not None
         later = torch.arange(len(self.schedule) - 1, -1, -1).clamp_min(1)
-        return (self._mass / (self._generations * later)).tolist()
+        return (self._mass / (self._sequences * later)).tolist()
 
     def drafters(self, count: int | None = None, model: str = "unnamed") -> Drafters:
         """ScaleKV's drafters; `count` is N_d, see `choose_drafters`."""
@@ -256,5 +258,5 @@ class AttentionRecorder:
         return HeadOrders.from_scores(self.scores(), self.schedule, protected, self.images, model)
 
     def _check_seen(self) -> None:
-        if self._generations == 0:
+        if self._sequences == 0:
             raise ValueError("no whole generation has been recorded yet")

@@ -76,10 +76,18 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
+    import torch
+
     if arguments.method == "similarity" and arguments.theta is None and arguments.count is None:
         raise ValueError("give --theta or --count: how to choose the demanding layers")
-    if arguments.images < 1:
-        raise ValueError(f"--images is {arguments.images}; it must be at least 1")
+    if arguments.method == "similarity" and arguments.theta is not None and arguments.count is not None:
+        raise ValueError("give --theta or --count, not both")
+    for name, value in (("--images", arguments.images), ("--batch", arguments.batch)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device is {arguments.device}; this torch sees no CUDA device")
+    Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
     policy: str = _METHODS[arguments.method](arguments)
     print(f"written           {arguments.out}")
     print(f"next              amskv plan --model … --policy {policy}@{arguments.out}")
@@ -91,6 +99,8 @@ def _similarity(arguments: argparse.Namespace) -> str:
     from amskv_kernels.calibrate import SimilarityRecorder, calibrate
 
     var, generate, name = _load(arguments)
+    if arguments.count is not None and not 0 <= arguments.count <= var.config.depth:
+        raise ValueError(f"--count is {arguments.count}; it must be within 0 … {var.config.depth}, the model's layers")
     recorder = SimilarityRecorder(var.config.schedule, var.config.depth)
     found = calibrate(generate, recorder, theta=arguments.theta, count=arguments.count, model=name)
     found.save(arguments.out)

@@ -63,7 +63,8 @@ class OnlineKVCache:
         policy.check_layers(num_layers)
         self.schedule, self.policy, self.theta, self.page_size = schedule, policy, theta, page_size
         self.num_layers, self.batch, self.kv_heads = num_layers, batch, kv_heads
-        self._pool = torch.zeros(batch * kv_heads, 0, 2, page_size, head_dim, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # usable inside inference mode and outside
+            self._pool = torch.zeros(batch * kv_heads, 0, 2, page_size, head_dim, dtype=dtype, device=device)
         self._arena = torch.zeros(batch, kv_heads, dtype=torch.int32, device=device)
         self.reset()
 
@@ -107,40 +108,47 @@ class OnlineKVCache:
             )
         refuse_gradients(q, k, v)
         state = self._layers[layer]
-        kept = self._decide(state, scale, k)
+        kept, capacity = self._decide(state, scale, k)
         read = [page_slots(pages, self.schedule.tokens[s], self.page_size) for s, pages in state.held.items()]
-        write: list[Slots] = []
-        if scale in kept:
-            tokens = self.schedule.tokens[scale]
-            state.held[scale] = self._take(-(-tokens // self.page_size))
-            write = [page_slots(state.held[scale], tokens, self.page_size)]
+        tokens = self.schedule.tokens[scale]
+        fresh = self._take(-(-tokens // self.page_size) if scale in kept else 0)
+        write = [page_slots(fresh, tokens, self.page_size)] if scale in kept else []
         factor = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
         pages = self._pool.view(-1, *self._pool.shape[2:])
-        out, _ = torch.ops.amskv.attn(q, k, v, pages, self._arena, self._table(read), self._table(write), factor)
+        try:
+            out, _ = torch.ops.amskv.attn(q, k, v, pages, self._arena, self._table(read), self._table(write), factor)
+        except Exception:  # a refused call leaves everything as it was
+            self._free.give_back(fresh)
+            raise
+        if capacity != state.capacity:
+            state.capacity, state.turned_at = capacity, scale
+        undecided = capacity == self.policy.c_min < self.policy.c_max
+        state.previous = k.contiguous() if undecided else None  # a view would keep all of qkv alive
+        if scale in kept:
+            state.held[scale] = fresh
         for dropped in set(state.held) - set(kept):
             self._free.give_back(state.held.pop(dropped))
         self._calls += 1
         return out
 
-    def _decide(self, state: _Layer, scale: int, k: Tensor) -> tuple[int, ...]:
-        """The scales held after this one; turns the layer demanding when its keys say so."""
+    def _decide(self, state: _Layer, scale: int, k: Tensor) -> tuple[tuple[int, ...], int]:
+        """The scales held after this one, and the layer's capacity: the larger one if its keys say so."""
         held, policy, sizes = tuple(sorted(state.held)), self.policy, self.schedule.sizes
-        undecided = state.capacity == policy.c_min < policy.c_max
-        if undecided and state.previous is not None and policy.overflows(self.schedule, held, scale, policy.c_min):
+        capacity = state.capacity
+        if state.previous is not None and policy.overflows(self.schedule, held, scale, policy.c_min):
             alike = key_similarity(state.previous, k, sizes[scale - 1], sizes[scale])
-            if float(alike) < self.theta:
-                state.capacity, state.turned_at = policy.c_max, scale
-        state.previous = k if state.capacity == policy.c_min < policy.c_max else None
+            capacity = policy.c_max if float(alike) < self.theta else capacity
         if scale == len(self.schedule) - 1:
-            return held  # nothing reads the last scale
-        return policy.keep(self.schedule, held, scale, state.capacity)
+            return held, capacity  # nothing reads the last scale
+        return policy.keep(self.schedule, held, scale, capacity), capacity
 
     def _take(self, number: int) -> Slots:
         taken = self._free.take(number)
         arenas, pages, *page = self._pool.shape
         if self._free.count > pages:
             room = max(self._free.count, 2 * pages)
-            grown = self._pool.new_zeros(arenas, room, *page)
+            with torch.inference_mode(False):
+                grown = self._pool.new_zeros(arenas, room, *page)
             grown[:, :pages] = self._pool
             self._pool = grown
             first = torch.arange(arenas, dtype=torch.int32, device=grown.device) * room

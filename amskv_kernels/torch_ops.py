@@ -25,6 +25,8 @@ def attn(
     keys = torch.cat([history_k, k.transpose(1, 2)], dim=2)  # [B, Hkv, N, D]
     values = torch.cat([history_v, v.transpose(1, 2)], dim=2)
     # No mask depends on the query, so a group's heads are just more query rows of its KV head.
+    if q.numel() == 0:
+        return q.new_empty(q.shape), q.new_empty(batch, heads, n, dtype=torch.float32)
     grouped = q.view(batch, n, kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)  # [B, Hkv, G, n, D]
     queries = grouped.reshape(batch, kv_heads, -1, head_dim)
     bias = None

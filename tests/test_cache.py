@@ -103,3 +103,23 @@ def test_gradients_are_refused():
 def test_bad_sizes_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         cache_for(**arguments)
+
+
+def test_a_refused_call_leaves_the_cache_as_it_was():
+    caches = [cache_for(AMSKV()), cache_for(AMSKV())]
+    for n in SCHEDULE.tokens:
+        for layer in range(3):
+            q, k, v = qkv(n)
+            with pytest.raises(TypeError, match=r"q is torch\.float16"):
+                caches[0].attend(layer, q.half(), k, v)
+            got, expected = (cache.attend(layer, q, k, v) for cache in caches)
+            assert torch.equal(got, expected)
+
+
+def test_a_pool_made_in_inference_mode_serves_outside_it():
+    with torch.inference_mode():
+        cache = cache_for(layers=1)
+        cache.attend(0, *qkv(1))
+    cache.reset()
+    cache.attend(0, *qkv(1))
+    assert cache.step == 1

@@ -167,3 +167,24 @@ def test_online_misuse_is_named():
         cache.attend(0, q, k, v)
     with pytest.raises(ValueError, match="the next call is layer 0 of step 0, 2 sequences of 1 tokens"):
         cache.attend(1, q[:, :1], k[:, :1], v[:, :1])
+
+
+def test_a_refused_call_leaves_the_online_cache_as_it_was():
+    caches = [online(-0.6), online(-0.6)]
+    for _, layer, q, k, v in calls(0):
+        with pytest.raises(TypeError, match=r"q is torch\.float16"):
+            caches[0].attend(layer, q.half(), k, v)
+        got, expected = (cache.attend(layer, q, k, v) for cache in caches)
+        assert torch.equal(got, expected)
+    assert caches[0].demanding_layers == caches[1].demanding_layers
+
+
+def test_every_image_weighs_the_same_whatever_its_batch():
+    together, apart = SimilarityRecorder(SCHEDULE, LAYERS), SimilarityRecorder(SCHEDULE, LAYERS)
+    keys = [(layer, k) for _, layer, _, k, _ in calls(3, batch=6)]
+    for layer, k in keys:
+        together.observe(layer, k)
+    for part in (slice(0, 4), slice(4, 6)):
+        for layer, k in keys:
+            apart.observe(layer, k[part])
+    torch.testing.assert_close(torch.tensor(apart.similarity()), torch.tensor(together.similarity()))

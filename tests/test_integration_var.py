@@ -1,6 +1,7 @@
 """Patching the public VAR class: the stand-in always, a real clone with `pytest --var-repo DIR`."""
 
 import sys
+import weakref
 from types import SimpleNamespace
 
 import public_var
@@ -193,3 +194,30 @@ def test_a_policy_that_does_not_fit_is_refused_before_anything_is_patched():
     with pytest.raises(ValueError, match="demanding_layers names layer 5; this model has layers 0 … 1"):
         patch(model, AMSKV(demanding_layers=(5,)))
     assert "forward" not in model.blocks[0].attn.__dict__
+
+
+def test_inference_mode_and_back():
+    model = public_var.VAR().eval()
+    expected = images(model)
+    with patch(model, Full()):
+        with torch.inference_mode():
+            torch.testing.assert_close(images(model), expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(images(model), expected, rtol=0, atol=2e-5)
+
+
+def test_never_two_pools_at_a_time(monkeypatch):
+    from amskv_kernels.integrations import var as integration
+
+    model, alive = public_var.VAR().eval(), []
+
+    class Counted(integration.PagedKVCache):
+        def __init__(self, *args, **kwargs):
+            assert not any(cache() is not None for cache in alive)
+            alive.append(weakref.ref(self))
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(integration, "PagedKVCache", Counted)
+    with patch(model, Full()):
+        images(model)
+        images(model, torch.tensor([1, 2, 3]))
+    assert len(alive) == 2

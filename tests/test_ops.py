@@ -240,3 +240,11 @@ def test_gradients_are_refused():
         append(args[1], args[2].clone().requires_grad_(), args[3], args[4], args[6])
     with torch.no_grad():
         assert not attn(args[0].clone().requires_grad_(), *args[1:])[0].requires_grad
+
+
+@pytest.mark.parametrize("shape", [{"n": 0}, {"batch": 0}])
+def test_no_tokens_and_no_sequences_give_nothing(shape):
+    args = make(Case(**{"history": (16, 2), **shape}))
+    out, lse = attn(*args)
+    assert out.shape == args[0].shape
+    assert lse.shape == (out.shape[0], out.shape[2], out.shape[1])

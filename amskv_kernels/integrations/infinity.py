@@ -107,7 +107,7 @@ class PatchedInfinity:
             )
         plan, cache = self._plans[schedule], self.cache
         if cache is None or cache.plan is not plan or not fits(cache, k):
-            self.cache = None  # its pool is free before the new one is made
+            cache = self.cache = None  # its pool is free before the new one is made
             cache = PagedKVCache(
                 plan, batch=k.shape[0], kv_heads=k.shape[2], head_dim=k.shape[3], dtype=k.dtype, device=k.device
             )
@@ -186,10 +186,12 @@ class _CrossForward:
         text, cu_seqlens, longest = ca_kv
         if not self._patched.caching or own.cos_attn or getattr(own, "for_attn_pool", False):
             return self._original(q, ca_kv)
-        if self._kv is None or self._text is not text or self._version != text._version:
+        # Tensors of inference mode count no versions; what they gave is forgotten when a generation begins.
+        version = 0 if text.is_inference() else text._version
+        if self._kv is None or self._text is not text or self._version != version:
             bias = torch.cat((own.zero_k_bias, own.v_bias))
             kv = F.linear(text, own.mat_kv.weight, bias).view(-1, 2, own.num_heads, own.head_dim)
-            self._text, self._version, self._kv = text, text._version, kv.contiguous()
+            self._text, self._version, self._kv = text, version, kv.contiguous()
         queries = own.mat_q(q).view(*q.shape[:2], own.num_heads, own.head_dim)
         out = _attend_text(own, queries, self._kv, cu_seqlens, longest)
         return own.proj_drop(own.proj(out.reshape(*q.shape[:2], -1)))

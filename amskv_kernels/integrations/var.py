@@ -84,6 +84,7 @@ class PatchedVAR:
             self._observe(layer, k)
         cache = self.cache
         if cache is None or (cache.step == 0 and cache.layer == 0 and not fits(cache, k)):
+            cache = self.cache = None  # its pool is free before the new one is made
             cache = self.cache = PagedKVCache(
                 self.plan, batch=batch, kv_heads=heads, head_dim=head_dim, dtype=k.dtype, device=k.device
             )

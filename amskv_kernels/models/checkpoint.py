@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +15,8 @@ from torch import Tensor
 from amskv_kernels.models.var import VAR, VARConfig
 from amskv_kernels.models.vqvae import VQVAE, VQVAEConfig
 from amskv_kernels.schedule import ScaleSchedule
+
+Config = TypeVar("Config", VARConfig, VQVAEConfig)
 
 
 def save(path: str | Path, model: torch.nn.Module, sizes: dict[str, Any], schedule: ScaleSchedule) -> None:
@@ -45,14 +48,14 @@ def load(
     var_state, var_sizes, schedule = _read(Path(var))
     vae_state, vae_sizes, vae_schedule = _read(Path(vae))
     if var_sizes is not None:
-        config = VARConfig(schedule=schedule, **var_sizes)
+        config = _configure(VARConfig, var, var_sizes, schedule)
     elif model is not None:
         config = VARConfig.named(model)
     else:
         raise ValueError(f"{var} does not carry its sizes; say which model it is (var-d16 … var-d36)")
-    own = {} if vae_sizes is None else {key: _tuple(value) for key, value in vae_sizes.items()}
     transformer = VAR(config)
-    autoencoder = VQVAE(VQVAEConfig(schedule=config.schedule if vae_sizes is None else vae_schedule, **own))
+    vae_schedule = config.schedule if vae_sizes is None else vae_schedule
+    autoencoder = VQVAE(_configure(VQVAEConfig, vae, vae_sizes or {}, vae_schedule))
     for path, module, state in ((var, transformer, var_state), (vae, autoencoder, vae_state)):
         try:
             module.load_state_dict(state)
@@ -74,9 +77,16 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, ScaleSc
         return state, json.loads(metadata["config"]), ScaleSchedule(json.loads(metadata["schedule"]))
     except KeyError as error:
         raise ValueError(f"{path} carries no {error} in its metadata") from error
+    except UnpicklingError as error:
+        raise ValueError(f"{path} cannot be read: it is not a PyTorch checkpoint of tensors alone") from error
     except (OSError, RuntimeError, ValueError, SafetensorError, EOFError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _configure(kind: type[Config], path: str | Path, sizes: dict[str, Any], schedule: ScaleSchedule) -> Config:
+    """The configuration that a file's sizes name, or a ValueError naming the file."""
+    own: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in sizes.items()}
+    try:
+        return kind(schedule=schedule, **own)
+    except TypeError as error:
+        raise ValueError(f"{path} carries sizes that are not a {kind.__name__}'s: {', '.join(sizes)}") from error
