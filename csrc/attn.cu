@@ -1,4 +1,5 @@
 // The launch of attention: which instantiation, how many blocks, and the merge of split keys.
+#include "attn_hopper.h"
 #include "attn_portable.cuh"
 #include "merge.cuh"
 #include "plan.h"
@@ -22,7 +23,7 @@ Error launch_type(const AttnArgs& args, Stream stream) {
         case 64:
             return wide ? launch_tile<Tile<T, 64, 32>>(args, stream) : launch_tile<Tile<T, 64, 16>>(args, stream);
         case 96:
-            return wide ? launch_tile<Tile<T, 96, 32>>(args, stream) : launch_tile<Tile<T, 96, 16>>(args, stream);
+            return wide ? kInvalid : launch_tile<Tile<T, 96, 16>>(args, stream);
         case 128:
             return wide ? launch_tile<Tile<T, 128, 32>>(args, stream) : launch_tile<Tile<T, 128, 16>>(args, stream);
         default:
@@ -48,6 +49,7 @@ Error merge(const AttnArgs& args, Stream stream) {
 
 Error attn(const AttnParams& params, const AttnPlan& plan, void* workspace, Stream stream) {
     if (params.batch == 0 || params.tokens == 0) return kOk;
+    if (plan.hopper.tile_rows > 0) return hopper::attn(params, plan.hopper, stream);
     const Cut cut = cut_of(params, plan);
     if (!cut.valid || (plan.splits > 1 && workspace == nullptr)) return kInvalid;
     const int64_t k_step = params.k.token_stride * kElementBytes, v_step = params.v.token_stride * kElementBytes;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "attn_hopper.h"
 #include "tiles.h"
 
 namespace amskv {
@@ -15,8 +16,7 @@ constexpr int kBlocksWanted = 2;
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 int keys_per_tile(const AttnParams& p, const AttnPlan& plan) {
-    const bool wide = plan.rows_per_warp == 32;
-    return wide && p.head_dim == 128 ? Tile<void, 128, 32>::kKeys : Tile<void, 64, 16>::kKeys;
+    return plan.rows_per_warp == 32 && p.head_dim == 128 ? Tile<void, 128, 32>::kKeys : Tile<void, 64, 16>::kKeys;
 }
 
 int team_bytes(const AttnParams& p, int warps, int key_tiles) {  // of narrow tiles, the only ones that share a block
@@ -30,8 +30,20 @@ int team_bytes(const AttnParams& p, int warps, int key_tiles) {  // of narrow ti
     }
 }
 
-// Wide tiles read K and V from shared memory half as often, so they are worth an eighth more padding.
-bool prefers_wide(int rows) { return rows > 64 && ceil_div(rows, 128) * 128 * 8 <= ceil_div(rows, 64) * 64 * 9; }
+// Wide tiles read K and V from shared memory half as often, so they are worth an eighth more padding. Head size 96,
+// which no published model has, goes without.
+bool prefers_wide(const AttnParams& p, int rows) {
+    return p.head_dim != 96 && rows > 64 && ceil_div(rows, 128) * 128 * 8 <= ceil_div(rows, 64) * 64 * 9;
+}
+
+// The persistent grid: a block per multiprocessor, or per tile where there are fewer.
+HopperPlan plan_hopper(const AttnParams& p, const Device& device) {
+    if (p.tokens < kHopperLeastRows || device.capability != kHopperCapability || !hopper::serves(p)) return {};
+    const int tile_rows = hopper_tile_rows(p.tokens);
+    const int64_t items = int64_t{ceil_div(p.tokens, tile_rows)} * p.heads * p.batch;
+    if (items > INT32_MAX) return {};
+    return {tile_rows, static_cast<int>(std::min<int64_t>(items, device.multiprocessors))};
+}
 
 }  // namespace
 
@@ -48,10 +60,21 @@ Cut cut_of(const AttnParams& p, const AttnPlan& plan) {
     return cut;
 }
 
-AttnPlan plan_attn(const AttnParams& p, const Device& device) {
+bool hopper::serves(const AttnParams& p) {
+    const auto steps = [&](const Rows& rows, int heads) {  // a stride of 0 repeats a row, which TMA may refuse
+        return (p.batch == 1 || rows.batch_stride > 0) && (p.tokens == 1 || rows.token_stride > 0) &&
+               (heads == 1 || rows.head_stride > 0);
+    };
+    return (p.head_dim == 64 || p.head_dim == 128) && p.heads % p.kv_heads == 0 && p.pool.num_pages > 0 &&
+           steps(p.q, p.heads) && steps(p.k, p.kv_heads) && steps(p.v, p.kv_heads);
+}
+
+AttnPlan plan_attn(const AttnParams& p, const Device& device, Kernels kernels) {
     const int rows = p.tokens * (p.heads / p.kv_heads);
-    AttnPlan plan{16, std::clamp(ceil_div(rows, 16), 1, kMaxWarps), 1, 1};
-    if (prefers_wide(rows)) plan = {32, kMaxWarps, 1, 1};
+    AttnPlan plan{16, std::clamp(ceil_div(rows, 16), 1, kMaxWarps), 1, 1, {}};
+    if (prefers_wide(p, rows)) plan = {32, kMaxWarps, 1, 1, {}};
+    if (kernels == Kernels::kHopper) plan.hopper = plan_hopper(p, device);
+    if (plan.hopper.tile_rows > 0) return plan;  // no splits: the grid is persistent
     const Cut whole = cut_of(p, plan);
     const int wanted = kBlocksWanted * device.multiprocessors;
     if (whole.items < device.multiprocessors) {

@@ -19,9 +19,9 @@ struct alignas(16) Chunk {  // what one thread moves at a time: 8 elements
 struct Half {};      // fp16, IEEE
 struct BFloat16 {};  // bf16
 
-// First byte of the block's dynamic shared memory.
+// First byte of the block's dynamic shared memory, on the boundary that swizzled tiles of the copy engine need.
 __device__ __forceinline__ SharedAddress dynamic_shared() {
-    extern __shared__ __align__(128) unsigned char memory[];
+    extern __shared__ __align__(1024) unsigned char memory[];
     return static_cast<SharedAddress>(__cvta_generic_to_shared(memory));
 }
 
@@ -123,8 +123,23 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+__device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_float(bits); }
+
 __device__ __forceinline__ void store_shared_4(SharedAddress to, uint32_t value) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_16(SharedAddress to, const Chunk& c) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(c.word[0]), "r"(c.word[1]), "r"(c.word[2]),
+                 "r"(c.word[3])
+                 : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_shared_4(SharedAddress from) {
+    uint32_t value;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
+    return value;
 }
 
 __device__ __forceinline__ Chunk load_shared_16(SharedAddress from) {

@@ -26,20 +26,22 @@ struct Unit {
     int page_size, first_row, rows, source;
 };
 
-template <int kHeadDim>
+// A lane holds `kInFlight` chunks at a time: as many as its share of K where registers allow.
+template <int kHeadDim, int kInFlight>
 __device__ __forceinline__ void store_unit(
     const Unit& unit, const uint16_t* k, const uint16_t* v, int64_t k_stride, int64_t v_stride, int lane) {
     constexpr int kChunks = kHeadDim / kChunkElements;
     constexpr int kTurns = kUnitRows * kChunks / kWarpLanes;  // chunks of K that each lane moves, and as many of V
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
+#pragma unroll(kInFlight == kTurns ? 2 : 1)
+    for (int step = 0; step < 2 * kTurns; step += kInFlight) {
+        const int part = step / kTurns;
         const uint16_t* const from = part == 0 ? k : v;
         const int64_t stride = part == 0 ? k_stride : v_stride;
         uint16_t* const to = unit.page + part * unit.page_size * kHeadDim;
-        Chunk chunks[kTurns];
+        Chunk chunks[kInFlight];
 #pragma unroll
-        for (int turn = 0; turn < kTurns; ++turn) {  // all loads first, so that they overlap
-            const int i = turn * kWarpLanes + lane;
+        for (int turn = 0; turn < kInFlight; ++turn) {  // all loads first, so that they overlap
+            const int i = (step % kTurns + turn) * kWarpLanes + lane;
             const int row = unit.first_row + i / kChunks, source = unit.source + row;
             chunks[turn] = Chunk{};
             if (row < unit.rows && source >= 0) {
@@ -47,8 +49,8 @@ __device__ __forceinline__ void store_unit(
             }
         }
 #pragma unroll
-        for (int turn = 0; turn < kTurns; ++turn) {
-            const int i = turn * kWarpLanes + lane;
+        for (int turn = 0; turn < kInFlight; ++turn) {
+            const int i = (step % kTurns + turn) * kWarpLanes + lane;
             const int row = unit.first_row + i / kChunks;
             if (row >= unit.rows || unit.source + row >= 0) {
                 *reinterpret_cast<Chunk*>(to + row * kHeadDim + i % kChunks * kChunkElements) = chunks[turn];
@@ -67,7 +69,7 @@ __device__ __forceinline__ int inclusive_sum(int value, int lane) {
 }
 
 // The share of warp `worker` of `workers` in the store of one sequence and head. All lanes of the warp take part.
-template <int kHeadDim, typename Params>
+template <int kHeadDim, int kInFlight = kUnitRows * kHeadDim / kChunkElements / kWarpLanes, typename Params>
 __device__ __forceinline__ void store_rows(const Params& p, int batch, int kv_head, int worker, int workers, int lane) {
     const SlotTable& table = p.write;
     const int32_t* const slots = slots_of(table, batch, kv_head);
@@ -91,7 +93,7 @@ __device__ __forceinline__ void store_rows(const Params& p, int batch, int kv_he
             const int before = (base + i) * units;  // units of earlier entries: they are dealt to the workers in turn
             for (int u = (worker + workers - before % workers) % workers; u < units; u += workers) {
                 unit.first_row = u * kUnitRows;
-                store_unit<kHeadDim>(unit, k, v, p.k.token_stride, p.v.token_stride, lane);
+                store_unit<kHeadDim, kInFlight>(unit, k, v, p.k.token_stride, p.v.token_stride, lane);
             }
         }
         source = shuffle_from(end, kWarpLanes - 1);

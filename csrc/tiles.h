@@ -67,4 +67,54 @@ struct Tile {
     }
 };
 
+// The Hopper kernel: one warpgroup that moves data, two that compute 64 query rows each.
+inline constexpr int kWarpgroupWarps = 4;
+inline constexpr int kWarpgroupThreads = kWarpgroupWarps * kWarpLanes;
+inline constexpr int kConsumers = 2;  // warpgroups: one's exponentials run under the other's products
+inline constexpr int kWarpgroupRows = 64;  // of a wgmma
+inline constexpr int kSwizzleBytes = 128;  // a row of a tile in shared memory: what wgmma and TMA permute by
+inline constexpr int kSwizzleElements = kSwizzleBytes / kElementBytes;  // longer rows lie in panels of so many
+inline constexpr int kHopperThreads = (1 + kConsumers) * kWarpgroupThreads;
+// The 65 536 registers of a multiprocessor: 128 · 56 + 256 · 224 = 64 512. The consumers' widest moment holds 64
+// scores, 64 sums of the output and 32 packed probabilities; the warp that stores needs 49 to 56.
+inline constexpr int kMoverRegisters = 56;
+inline constexpr int kConsumerRegisters = 224;
+
+template <typename T, int kHeadDim_>
+struct HopperTile {
+    using Element = T;
+    static constexpr int kHeadDim = kHeadDim_;
+    // Keys of a tile: whole pages of every size, and 64 score registers. A second tile of scores in flight would
+    // take all 224 registers at head size 128.
+    static constexpr int kKeys = 128;
+    // Tiles of K or V in flight, a power of two so that a position's slot is a mask: 128 KiB at either head size,
+    // several times the 40 KiB that cover 4.8 TB/s / 132 multiprocessors · 1 µs of latency.
+    static constexpr int kSlots = kHeadDim == 64 ? 8 : 4;
+
+    static constexpr int kPanels = kHeadDim / kSwizzleElements;
+    static constexpr int kSlotBytes = kKeys * kHeadDim * kElementBytes;
+    static constexpr int kRowBlockBytes = kWarpgroupRows * kHeadDim * kElementBytes;  // one warpgroup's Q, or output
+
+    // Shared memory, from its first byte on.
+    static constexpr int kQuery = 0;
+    static constexpr int kOut = kQuery + kConsumers * kRowBlockBytes;
+    static constexpr int kRing = kOut + kConsumers * kRowBlockBytes;
+    static constexpr int kMasks = kRing + kSlots * kSlotBytes;      // 16 bytes per slot: which keys are there
+    static constexpr int kStats = kMasks + kSlots * kChunkBytes;    // of a warpgroup: maximum, sum of 2 rows per thread
+    static constexpr int kBarriers = kStats + kWarpgroupThreads * 16;
+    static constexpr int kSharedBytes = kBarriers + (2 * kSlots + 2) * 8;
+};
+
+// A tile of 128 query rows has 64 for each warpgroup. Where 128 would pad much more than 64, both warpgroups take the
+// same 64 rows and every second tile of keys: n = 169 is 192 rows instead of 256. K and V then cross L2 twice as
+// often, so a fifth more padding is borne (n = 576, 640 rows, stays).
+constexpr int hopper_tile_rows(int rows) {
+    const int narrow = (rows + 63) / 64 * 64, wide = (rows + 127) / 128 * 128;
+    return wide * 5 > narrow * 6 ? 64 : 128;
+}
+
+// Fewer query rows move more bytes than they compute (206 rows per key balance an H200): the portable kernel, with
+// several heads in a block, serves them. Not yet measured.
+inline constexpr int kHopperLeastRows = 65;
+
 }  // namespace amskv

@@ -41,7 +41,7 @@ int main() {
 
     amskv::AttnParams p{};
     p.q = p.k = p.v = rows;
-    p.pool = {upload(std::vector<uint16_t>(2 * kPageSize * kHeadDim)), upload(std::vector<int32_t>{0}), kPageSize};
+    p.pool = {upload(std::vector<uint16_t>(2 * kPageSize * kHeadDim)), upload(std::vector<int32_t>{0}), kPageSize, 1};
     p.out = upload(std::vector<uint16_t>(kTokens * kHeadDim));
     p.lse = upload(std::vector<float>(kTokens));
     p.softmax_scale = 1 / std::sqrt(float{kHeadDim});

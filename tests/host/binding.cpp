@@ -44,7 +44,8 @@ struct Call {
     amskv::AttnParams params(float softmax_scale, const std::string& dtype) const {
         amskv::AttnParams p{};
         p.q = rows_of(q), p.k = rows_of(k), p.v = rows_of(v);
-        p.pool = {const_cast<uint16_t*>(pages.data()), arena.data(), static_cast<int32_t>(pages.shape(2))};
+        p.pool = {const_cast<uint16_t*>(pages.data()), arena.data(), static_cast<int32_t>(pages.shape(2)),
+                  static_cast<int32_t>(pages.shape(0))};
         p.read = table_of(read), p.write = table_of(write);
         p.out = const_cast<uint16_t*>(out.data()), p.lse = const_cast<float*>(lse.data());
         p.softmax_scale = softmax_scale;
@@ -65,11 +66,16 @@ py::dict counters() {
     const auto& c = Executor::get().counters;
     return py::dict(
         py::arg("blocks") = c.blocks, py::arg("products") = c.products, py::arg("copies") = c.copies,
-        py::arg("bank_conflicts") = c.bank_conflicts);
+        py::arg("bank_conflicts") = c.bank_conflicts, py::arg("warpgroup_products") = c.warpgroup_products,
+        py::arg("bulk_loads") = c.bulk_loads, py::arg("bulk_stores") = c.bulk_stores);
 }
 
-amskv::AttnPlan plan(const Call& call, const std::string& dtype, int multiprocessors, int shared_bytes) {
-    return amskv::plan_attn(call.params(1, dtype), {multiprocessors, shared_bytes, amskv::kLeastCapability});
+amskv::AttnPlan plan(
+    const Call& call, const std::string& dtype, int multiprocessors, int shared_bytes, bool hopper) {
+    const amskv::Device device{
+        multiprocessors, shared_bytes, hopper ? amskv::kHopperCapability : amskv::kLeastCapability};
+    return amskv::plan_attn(
+        call.params(1, dtype), device, hopper ? amskv::Kernels::kHopper : amskv::Kernels::kPortable);
 }
 
 py::dict attn(
@@ -88,7 +94,8 @@ py::dict append(
     const std::string& schedule) {
     amskv::AppendParams p{};
     p.k = rows_of(k), p.v = rows_of(v), p.write = table_of(write);
-    p.pool = {const_cast<uint16_t*>(pages.data()), arena.data(), static_cast<int32_t>(pages.shape(2))};
+    p.pool = {const_cast<uint16_t*>(pages.data()), arena.data(), static_cast<int32_t>(pages.shape(2)),
+              static_cast<int32_t>(pages.shape(0))};
     p.batch = k.shape(0), p.tokens = k.shape(1), p.kv_heads = k.shape(2), p.head_dim = k.shape(3);
     prepare(schedule, {});
     if (amskv::append(p, nullptr) != amskv::kOk) throw std::invalid_argument("append refused its arguments");
@@ -100,12 +107,19 @@ py::dict append(
 PYBIND11_MODULE(amskv_host, m) {
     py::class_<amskv::AttnPlan>(m, "Plan", py::module_local())
         .def(py::init([](int rows_per_warp, int warps, int teams, int splits) {
-            return amskv::AttnPlan{rows_per_warp, warps, teams, splits};
+            return amskv::AttnPlan{rows_per_warp, warps, teams, splits, {}};
         }))
+        .def_static(
+            "hopper",
+            [](int tile_rows, int blocks) {
+                return amskv::AttnPlan{16, 1, 1, 1, {tile_rows, blocks}};
+            })
         .def_readonly("rows_per_warp", &amskv::AttnPlan::rows_per_warp)
         .def_readonly("warps", &amskv::AttnPlan::warps)
         .def_readonly("teams", &amskv::AttnPlan::teams)
-        .def_readonly("splits", &amskv::AttnPlan::splits);
+        .def_readonly("splits", &amskv::AttnPlan::splits)
+        .def_property_readonly("tile_rows", [](const amskv::AttnPlan& plan) { return plan.hopper.tile_rows; })
+        .def_property_readonly("blocks", [](const amskv::AttnPlan& plan) { return plan.hopper.blocks; });
     py::class_<Call>(m, "Call", py::module_local())
         .def(
             py::init([](Bits q, Bits k, Bits v, Bits pages, Bits out, Table arena, Table read, Table write,

@@ -29,12 +29,14 @@ class Case:
     history: tuple[int, ...] = (16, 5)
     grow: int = 0
     stores: bool = True
+    gap: bool = True  # an empty entry among those written
     per_head: bool = False
     packed: bool = True
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
     multiprocessors: int = 4
     plan: tuple[int, int, int, int] | None = None  # rows per warp, warps, teams, splits
+    hopper: tuple[int, int] | None = None  # rows of a tile, blocks: the Hopper kernel
 
     def __str__(self) -> str:
         default = Case()
@@ -87,6 +89,8 @@ def make(case: Case) -> Inputs:
             page, rows = int(arena.flatten()[index]) + (slot >> ROWS_BITS), slot & 255
             if rows == 0:
                 continue
+            if case.hopper:  # it fetches whole pages, whose rest every store fills with zeros
+                pages[page] = 0
             pages[page, :, :rows] = torch.randn(2, rows, case.head_dim, generator=generator).to(case.dtype)
     lead = (case.batch, case.kv_heads) if case.per_head else (1, 1)
     read, write = (
@@ -109,7 +113,9 @@ def _tables(case: Case, own: int, written: int, rng: np.random.Generator) -> tup
     if case.grow:
         read.append(fresh[0] << ROWS_BITS | case.grow)
     empty = own << ROWS_BITS  # no rows, and a page that is not ours: must be skipped
-    return [empty, *read, empty], [*write[:1], empty, *write[1:]] if write else []
+    if write and case.gap:
+        write.insert(1, empty)
+    return [empty, *read, empty], write
 
 
 def run(module: ModuleType, case: Case, inputs: Inputs, schedule: str) -> dict[str, int]:
@@ -117,9 +123,11 @@ def run(module: ModuleType, case: Case, inputs: Inputs, schedule: str) -> dict[s
     arrays = [_array(x) for x in (inputs.q, inputs.k, inputs.v, inputs.pages, inputs.out)]
     tables = [x.numpy() for x in (inputs.arena, inputs.read, inputs.write, inputs.lse)]
     call, dtype = module.Call(*arrays, *tables), str(case.dtype).removeprefix("torch.")
-    plan = module.plan(call, dtype, case.multiprocessors, SHARED_BYTES)
+    plan = module.plan(call, dtype, case.multiprocessors, SHARED_BYTES, False)
     if case.plan is not None:
         plan = module.Plan(*case.plan)
+    if case.hopper is not None:
+        plan = module.Plan.hopper(*case.hopper)
     return module.attn(call, inputs.scale, dtype, plan, schedule)
 
 

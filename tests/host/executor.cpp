@@ -18,6 +18,10 @@ std::string at(const Where& where) {
 
 }  // namespace
 
+void join(Clock& into, const Clock& other) {
+    for (size_t i = 0; i < into.size(); ++i) into[i] = std::max(into[i], other[i]);
+}
+
 Executor& Executor::get() {
     static Executor executor;
     return executor;
@@ -44,14 +48,18 @@ void Executor::reset(int block, int threads, int shared_bytes) {
     threads_ = left_ = threads;
     block_ = block;
     error_ = nullptr;
-    const int warps = threads / kLanes;
+    const int warps = threads / kLanes, registers = std::min(kRegisters / threads / 8 * 8, 255);
+    registers_free_ = kRegisters - registers * threads;
+    mbarriers_.clear();
+    loads_.clear();
     shared_.assign(shared_bytes, kPoison);
     granules_.assign((shared_bytes + kGranule - 1) / kGranule, Granule{});
     barriers_.assign(kBarriers, Barrier{});
     warps_.assign(warps, Warp{});
     for (int w = 0; w < warps; ++w) {
-        warps_[w].clock.assign(warps, 0);
+        warps_[w].clock.assign(warps + kMbarriers, 0);
         warps_[w].clock[w] = 1;
+        warps_[w].registers = registers;
     }
     while (static_cast<int>(fibers_.size()) < threads) fibers_.push_back(std::make_unique<Fiber>());
     for (int i = 0; i < threads; ++i) {
@@ -64,6 +72,10 @@ void Executor::reset(int block, int threads, int shared_bytes) {
         f.waits_for = nullptr;
         f.open.clear();
         f.groups.clear();
+        f.open_stores.clear();
+        f.stores.clear();
+        f.written.clear();
+        f.waits_on = 0;
     }
 }
 
@@ -93,6 +105,7 @@ void Executor::enter_fiber() {
     try {
         (*self.body_)();
         self.finish();
+        if (self.left_ == 1) self.finish_block();
     } catch (...) {
         self.error_ = std::current_exception();
     }
@@ -112,19 +125,34 @@ void Executor::enter_fiber() {
 void Executor::finish() {
     Fiber& f = fiber();
     f.done = true;
+    if (!f.open_stores.empty()) fail("ends with a bulk store that no group holds", f.open_stores[0].where);
+    if (!f.stores.empty()) fail("ends with a bulk store that nothing waited for", f.stores[0].where);
     if (!options.lazy) return;  // every copy was done when it was issued
     for (const auto& group : f.groups)
         if (!group.empty()) fail("ends with a cp.async that nothing waited for", group[0].where);
     if (!f.open.empty()) fail("ends with a cp.async that no group holds", f.open[0].where);
 }
 
-int Executor::next_runnable() const {
-    for (int i = 1; i <= threads_; ++i) {
-        const int candidate = (current_ + i) % threads_;
-        const Fiber& f = *fibers_[candidate];
-        if (!f.done && (!f.waits_for || *f.waits_for != f.seen)) return candidate;
+void Executor::finish_block() {
+    if (!loads_.empty()) fail("the block ends while this bulk load is under way", loads_[0].where);
+    for (const Warp& warp : warps_) {
+        if (!warp.open.empty()) fail("ends with a wgmma that no group holds", warp.open[0].where);
+        if (!warp.groups.empty()) fail("ends with a wgmma that nothing waited for", warp.groups[0][0].where);
     }
-    return -1;
+}
+
+int Executor::next_runnable() {
+    while (true) {
+        for (int i = 1; i <= threads_; ++i) {
+            const int candidate = (current_ + i) % threads_;
+            const Fiber& f = *fibers_[candidate];
+            if (!f.done && (!f.waits_for || *f.waits_for != f.seen)) return candidate;
+        }
+        if (loads_.empty()) return -1;
+        const BulkCopy load = loads_.back();  // lazy: nothing else is left to happen
+        loads_.pop_back();
+        perform(load);
+    }
 }
 
 void Executor::wait(const uint64_t& counter, const char* name, const Where& where) {
@@ -139,15 +167,25 @@ void Executor::wait(const uint64_t& counter, const char* name, const Where& wher
     f.waits_for = nullptr;
 }
 
+// Who waits for what, a line for each warp and place.
 void Executor::stuck() {
+    std::string report;
     for (int i = 0; i < threads_; ++i) {
         const Fiber& f = *fibers_[i];
-        if (!f.done) {
-            fail(
-                "thread " + std::to_string(i) + " waits in " + f.waits_in + " for threads that never come", f.waits_at);
-        }
+        if (f.done) continue;
+        const std::string line = "\n  warp " + std::to_string(f.warp) + " waits " + waits(f) + ", " + at(f.waits_at);
+        if (report.find(line) == std::string::npos) report += line;
     }
-    throw std::logic_error("no fiber left, yet none runs");
+    throw std::runtime_error(kernel_ + ", block " + std::to_string(block_) + ": no thread can go on:" + report);
+}
+
+std::string Executor::waits(const Fiber& f) const {
+    const auto found = mbarriers_.find(f.waits_on);
+    if (f.waits_on == 0 || found == mbarriers_.end()) return std::string("in ") + f.waits_in;
+    const Mbarrier& b = found->second;
+    return "for the end of phase " + std::to_string(b.phase) + " of mbarrier " + std::to_string(b.index) + ": " +
+           std::to_string(b.pending) + " of " + std::to_string(b.expected) + " arrivals and " +
+           std::to_string(b.bytes) + " bytes to come";
 }
 
 void Executor::fail(const std::string& what, const Where& where) {
@@ -168,24 +206,32 @@ void Executor::enter(Warp& warp, const char* name, const Where& where, void* slo
     ++warp.arrived;
 }
 
-void Executor::barrier(int id, int threads, const Where& where) {
-    if (id < 0 || id >= kBarriers || threads % kLanes != 0) fail("bar.sync with impossible operands", where);
+void Executor::barrier(int id, int threads, bool waits, const Where& where) {
+    if (id < 0 || id >= kBarriers || threads % kLanes != 0) fail("a named barrier with impossible operands", where);
     Barrier& b = barriers_[id];
-    if (b.arrived > 0 && b.expected != threads) fail("bar.sync with two different thread counts", where);
+    if (b.arrived > 0 && b.expected != threads) fail("a named barrier with two different thread counts", where);
     b.expected = threads;
-    b.warps.push_back(fiber().warp);
-    if (++b.arrived < threads) return wait(b.turn, "bar.sync", where);
-    Clock joined(warps_.size(), 0);
-    for (int w : b.warps)
-        for (size_t i = 0; i < joined.size(); ++i) joined[i] = std::max(joined[i], warps_[w].clock[i]);
-    for (int w : b.warps) {
-        const uint32_t own = joined[w];
-        warps_[w].clock = joined;
+    const int warp = fiber().warp;
+    b.clock.resize(warps_[warp].clock.size());
+    join(b.clock, warps_[warp].clock);
+    if (waits) {
+        b.waiting.push_back(warp);
+    } else {
+        ++warps_[warp].clock[warp];
+    }
+    if (++b.arrived < threads) {
+        if (waits) wait(b.turn, "bar.sync", where);
+        return;
+    }
+    for (int w : b.waiting) {
+        const uint32_t own = warps_[w].clock[w];
+        join(warps_[w].clock, b.clock);
         warps_[w].clock[w] = own + 1;
         ++warps_[w].barriers;
     }
+    b.clock.clear();
+    b.waiting.clear();
     b.arrived = 0;
-    b.warps.clear();
     ++b.turn;
 }
 
@@ -204,7 +250,8 @@ void Executor::check_ordered(Granule& granule, bool writes, const Where& where) 
         fail("no barrier orders this access after the write at " + at(granule.written_at), where);
     }
     if (!writes) return;
-    for (size_t w = 0; w < clock.size(); ++w) {
+    if (granule.leaving > 0) fail("writes to bytes of a bulk store that nothing waited for", where);
+    for (size_t w = 0; w < warps_.size(); ++w) {
         if (granule.read[w] > clock[w])
             fail("no barrier orders this write after the reads of warp " + std::to_string(w), where);
     }
@@ -271,7 +318,7 @@ const unsigned char* Executor::read(uint32_t from, int bytes, int lane, const Wh
     check_range(from, bytes, where);
     Granule& granule = granules_[from / kGranule];
     if (granule.pending > 0)
-        fail("reads bytes of the cp.async issued at " + at(granule.pending_at) + ", which nothing waited for", where);
+        fail("reads bytes of the copy issued at " + at(granule.pending_at) + ", which nothing waited for", where);
     check_ordered(granule, false, where);
     if (granule.writer == fiber().warp && granule.writer_lane != lane &&
         granule.written_barriers == warps_[fiber().warp].barriers) {
@@ -286,10 +333,14 @@ void Executor::write(uint32_t to, const void* from, int bytes, int lane, const W
     check_range(to, bytes, where);
     Granule& granule = granules_[to / kGranule];
     if (granule.pending > 0)
-        fail("writes over the cp.async issued at " + at(granule.pending_at) + ", still under way", where);
+        fail("writes over the copy issued at " + at(granule.pending_at) + ", still under way", where);
     check_ordered(granule, true, where);
     mark_written(granule, lane, where);
     std::memcpy(&shared_[to], from, bytes);
+    for (uint32_t word = to; word < to + bytes; word += kBankBytes) {
+        granule.unshown |= 1 << word % kGranule / kBankBytes;
+        fibers_[fiber().warp * kLanes + lane]->written.push_back(word);
+    }
 }
 
 // A turn serves one 4-byte word of every bank, to any number of threads: each of `threads` asks for 32 / threads words.

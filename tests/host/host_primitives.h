@@ -67,7 +67,7 @@ float element(uint32_t packed, int half) {
 inline SharedAddress dynamic_shared() { return 0; }
 
 inline void named_barrier(int id, int threads, Where where = Where::current()) {
-    Executor::get().barrier(id, threads, where);
+    Executor::get().barrier(id, threads, true, where);
 }
 
 inline void warp_barrier(Where where = Where::current()) {
@@ -209,6 +209,31 @@ inline void store_shared_4(SharedAddress to, uint32_t value, Where where = Where
         }
         Executor::get().count_conflicts(addresses, host::kLanes);
     });
+}
+
+inline uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
+inline float float_of(uint32_t bits) { return std::bit_cast<float>(bits); }
+
+inline uint32_t load_shared_4(SharedAddress from, Where where = Where::current()) {
+    struct Slot {
+        SharedAddress from;
+        uint32_t result;
+        Where where;
+    } mine{from, 0, where};
+    Executor::get().together("load_shared_4", where, mine, [](Slot** lanes) {
+        uint32_t addresses[host::kLanes];
+        for (int i = 0; i < host::kLanes; ++i) {
+            addresses[i] = lanes[i]->from;
+            std::memcpy(&lanes[i]->result, Executor::get().read(addresses[i], 4, i, lanes[i]->where), 4);
+        }
+        Executor::get().count_conflicts(addresses, host::kLanes);
+    });
+    return mine.result;
+}
+
+// By one lane or by all.
+inline void store_shared_16(SharedAddress to, const Chunk& value, Where where = Where::current()) {
+    Executor::get().write(to, &value, 16, lane_of_fiber(), where);
 }
 
 inline Chunk load_shared_16(SharedAddress from, Where where = Where::current()) {

@@ -20,8 +20,8 @@ import torch
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 BUILD = HERE.parents[1] / "build" / "host"
-KERNELS = ("attn.cu", "append.cu", "plan.cpp")
-EXECUTOR = ("executor.cpp", "binding.cpp")
+KERNELS = ("attn.cu", "attn_hopper.cu", "append.cu", "plan.cpp")
+EXECUTOR = ("executor.cpp", "executor_async.cpp")
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
          "-DTORCH_TARGET_VERSION=0x020a000000000000")  # fmt: skip
 
@@ -47,14 +47,14 @@ def op_library() -> Path:
     """libamskv.so with the executor in CUDA's place: ops.cpp as it is, for whoever loads it in a process of its own."""
     sources = [
         *(CSRC / name for name in (*KERNELS, "ops.cpp")),
-        *(HERE / n for n in ("executor.cpp", "host_device.cpp")),
+        *(HERE / n for n in (*EXECUTOR, "host_device.cpp")),
     ]
     torch_root = Path(torch.__file__).parent
     return _link(sources, CSRC, "libamskv.so", [f"-L{torch_root}/lib", "-ltorch_cpu", "-ldl"])
 
 
 def _module(csrc: Path) -> ModuleType:
-    sources = [*(csrc / name for name in KERNELS), *(HERE / name for name in EXECUTOR)]
+    sources = [*(csrc / name for name in KERNELS), *(HERE / name for name in (*EXECUTOR, "binding.cpp"))]
     library = _link(sources, csrc, f"amskv_host{sysconfig.get_config_var('EXT_SUFFIX')}", [])
     # A name of its own: pybind11 hands back the module it has already made under a name.
     spec = importlib.util.spec_from_file_location(f"{library.parent.name}.amskv_host", library)

@@ -15,7 +15,7 @@ CASE = Case(n=40, batch=1, history=(16,) * 12 + (3,))
     [
         pytest.param(
             "attn_portable.cuh", "cp_async_wait<Tile::kStages - 2>();", "cp_async_wait<Tile::kStages - 1>();",
-            r"attn, block 0, .*attn_portable\.cuh:\d+: reads bytes of the cp\.async issued at attn_portable\.cuh:\d+",
+            r"attn, block 0, .*attn_portable\.cuh:\d+: reads bytes of the copy issued at attn_portable\.cuh:\d+",
             id="a wait that comes one tile too late",
         ),
         pytest.param(

@@ -36,6 +36,7 @@ struct Pool {
     void* pages;  // 16-byte aligned
     const int32_t* arena;
     int32_t page_size;  // 16, 32, 64 or 128
+    int32_t num_pages;  // of the pool; the Hopper kernel describes it to the copy engine, and never reads past it
 };
 
 // Slot entries; a stride of 0 broadcasts.
@@ -72,6 +73,16 @@ struct Device {
     int32_t capability;    // compute capability, 10 · major + minor
 };
 inline constexpr int32_t kLeastCapability = 80;
+inline constexpr int32_t kHopperCapability = 90;  // wgmma exists there and nowhere else
+
+// Which kernels a plan may choose from: the portable one alone, or the Hopper kernel where its tile table wants it.
+enum class Kernels : int32_t { kPortable, kHopper };
+
+// The Hopper kernel's share of a plan.
+struct HopperPlan {
+    int32_t tile_rows;  // query rows of a tile, 64 or 128; 0: the portable kernel runs
+    int32_t blocks;     // of the persistent grid
+};
 
 // How a call is cut into thread blocks. A team of warps computes one tile of query rows for one KV head.
 struct AttnPlan {
@@ -79,6 +90,7 @@ struct AttnPlan {
     int32_t warps;          // of a team; rows_per_warp · warps query rows make a tile
     int32_t teams;          // of a thread block
     int32_t splits;         // parts the keys are cut into; above 1 a merge kernel follows
+    HopperPlan hopper;
 };
 
 // Facts of the current device.
@@ -88,7 +100,7 @@ Error device_of_current(Device* device);
 int32_t driver_cuda();
 
 // The plan for these arguments; data pointers are not read.
-AttnPlan plan_attn(const AttnParams& params, const Device& device);
+AttnPlan plan_attn(const AttnParams& params, const Device& device, Kernels kernels = Kernels::kPortable);
 
 // Bytes of scratch memory that `attn` needs under this plan; often 0.
 size_t attn_workspace_bytes(const AttnParams& params, const AttnPlan& plan);
