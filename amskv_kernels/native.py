@@ -1,7 +1,8 @@
 """The CUDA library, libamskv.so: finding it, loading it, and what it was built for.
 
 It is built beside this file where nvcc was at hand (see `setup.py`). Loading it registers `torch.ops.amskv.attn_cuda`,
-`append_cuda` and `build_info`; it links no CUDA library of torch's, so it also loads beside a CPU-only torch.
+`attn_hopper`, `append_cuda` and `build_info`; it links no CUDA library of torch's, so it also loads beside a CPU-only
+torch. Two backends come from it: this module, whose kernels run from sm_80 on, and `amskv_kernels.hopper`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amskv_kernels import native, torch_ops
+from amskv_kernels import hopper, native, torch_ops
 from amskv_kernels.checks import (
     check_append,
     check_attn,
@@ -38,7 +38,10 @@ SCHEMAS = {
 }
 
 # Implementations, the one to prefer first; each module has one function per op it serves.
-_BACKENDS: dict[str, ModuleType] = {"cuda": native, "triton": triton_backend, "torch": torch_ops}
+_BACKENDS: dict[str, ModuleType] = {
+    "hopper": hopper, "cuda": native, "triton": triton_backend, "torch": torch_ops,
+}  # fmt: skip
+_OF_LIBRARY = ("hopper", "cuda")
 _python_on_cuda: list[torch.library.Library] = []  # the registration of attn and append, while Python has them
 _settings: dict[str, object] = {"backend": "auto", "debug": False}
 
@@ -116,16 +119,16 @@ def _missing(module: ModuleType, op: str, device_type: str, forced: bool) -> str
 def _backend(op: str, x: Tensor) -> ModuleType:
     """The backend that serves this call; where it is the CUDA library by itself, later calls go there directly."""
     name = choose(op, x.device.type).backend
-    if name == "cuda" and _settings["backend"] == "auto":
+    if name in _OF_LIBRARY and _settings["backend"] == "auto":
         if x.dtype == torch.float32:  # the library's kernels take 16-bit elements
-            others = [module for other, module in _BACKENDS.items() if other != "cuda"]
+            others = [module for other, module in _BACKENDS.items() if other not in _OF_LIBRARY]
             return next(module for module in others if _missing(module, op, "cuda", False) is None)
         if not _settings["debug"]:
-            _route_cuda(True)
+            _route_cuda(True, name == "hopper")
     return _BACKENDS[name]
 
 
-def _route_cuda(direct: bool) -> None:
+def _route_cuda(direct: bool, to_hopper: bool = False) -> None:
     """Put attn and append on CUDA tensors straight behind the dispatcher, or give them back to Python.
 
     Python's own registration goes first and comes back after: two at a time would make torch warn.
@@ -136,7 +139,7 @@ def _route_cuda(direct: bool) -> None:
         for library in _python_on_cuda:
             library._destroy()
         _python_on_cuda.clear()
-        torch.ops.amskv.serve_cuda(True)
+        torch.ops.amskv.serve_cuda(True, to_hopper)
         return
     torch.ops.amskv.serve_cuda(False)
     _register_on_cuda()

@@ -55,8 +55,12 @@ Error attn(const AttnParams& params, const HopperPlan& plan, Stream stream) {
     args.blocks = plan.blocks;
     args.stride = plan.tile_rows == kWarpgroupRows ? kConsumers : 1;
     while (1 << args.page_shift < params.pool.page_size) ++args.page_shift;
+    constexpr int kKeys = HopperTile<void, 64>::kKeys;
     const int boxes = params.read.count + (params.tokens + params.pool.page_size - 1) / params.pool.page_size;
-    args.key_tiles = ((boxes << args.page_shift) + HopperTile<void, 64>::kKeys - 1) / HopperTile<void, 64>::kKeys;
+    const int keys = boxes << args.page_shift, left_over = keys % kKeys;
+    const bool short_first = left_over > 0 && left_over <= kKeys / 2 && params.pool.page_size <= kKeys / 2;
+    args.first_keys = short_first ? kKeys / 2 : kKeys;
+    args.key_tiles = (keys + (short_first ? kKeys / 2 : 0) + kKeys - 1) / kKeys;
     args.row_tiles = (params.tokens + plan.tile_rows - 1) / plan.tile_rows;
     args.items = args.row_tiles * params.heads * params.batch;
     args.group = params.heads / params.kv_heads;

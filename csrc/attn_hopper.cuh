@@ -8,257 +8,13 @@
 
 #include <cmath>
 
-#include "amskv/amskv.h"
-#include "hopper.cuh"
-#include "store.cuh"
-#include "tiles.h"
+#include "hopper_movers.cuh"
+#include "hopper_ring.cuh"
 
 namespace amskv::hopper {
 
-struct Args {
-    TensorMap q, k, v, pages, out;  // the first two of a kind of box each: 64 rows of q and out, a page of the others
-    AttnParams params;
-    int page_shift;  // log2(page_size)
-    int row_tiles;   // of one sequence and head
-    int key_tiles;
-    int items;   // row_tiles · heads · batch
-    int blocks;  // of the grid
-    int group;   // query heads of a KV head
-    int stride;  // from one tile of keys of a consumer to its next; 2: the consumers share their rows
-    int slot_bits;  // log2 of the slots that a consumer goes through
-};
-
 // Named barriers; those of a consumer are followed by the other's.
 enum NamedBarrier { kBlockBarrier = 0, kGroupBarrier = 1, kTurnBarrier = 3, kBothBarrier = 5 };
-
-// A tile of query rows of one head. Tiles of a head, and heads of a KV head, are neighbours: they read the same keys
-// at the same time, so L2 serves all but the first.
-struct Item {
-    int batch, head, kv_head, row_tile, first_row;
-
-    __device__ __forceinline__ Item(const Args& args, int index) {
-        row_tile = index % args.row_tiles;
-        index /= args.row_tiles;
-        head = index % args.params.heads;
-        batch = index / args.params.heads;
-        kv_head = args.group == 1 ? head : head / args.group;
-        first_row = row_tile * (args.stride == 1 ? kConsumers * kWarpgroupRows : kWarpgroupRows);
-    }
-};
-
-// A slot of the ring, and the parity of the rounds it has been through.
-struct Spot {
-    int slot, parity;
-};
-
-// The order in which the tiles of K and V of one item reach a consumer: K₀ K₁ V₀ K₂ V₁ …, since a tile's scores are
-// computed before the values of the one before are needed. Consumers that share their rows have half of the ring each:
-// a phase is known by its parity alone, so every reader of a slot must see all of its rounds.
-struct Order {
-    int tiles, first, group, slot_bits;
-
-    __device__ __forceinline__ Order(const Args& args, int round, int ring)
-        : tiles((args.key_tiles + args.stride - 1 - ring) / args.stride),
-          first(2 * tiles * round),
-          group(ring),
-          slot_bits(args.slot_bits) {}
-
-    __device__ __forceinline__ Spot k(int tile) const { return spot(tile == 0 ? 0 : 2 * tile - 1); }
-    __device__ __forceinline__ Spot v(int tile) const { return spot(tile + 1 < tiles ? 2 * tile + 2 : 2 * tile + 1); }
-
-    __device__ __forceinline__ Spot spot(int step) const {
-        const int position = first + step;
-        return {group << slot_bits | (position & ((1 << slot_bits) - 1)), position >> slot_bits & 1};
-    }
-};
-
-// What a step of the movers is about: the consumers' orders, by turns while both have tiles left.
-struct Turn {
-    int tile, part;  // of the item's tiles of keys; 0: K, 1: V
-    Spot spot;
-
-    __device__ __forceinline__ Turn(const Args& args, int round, int step) {
-        const int both = args.stride == 1 ? 0 : args.key_tiles / 2 * 4;  // steps
-        const int ring = step < both ? step % 2 : 0, own = step < both ? step / 2 : step - both / 2;
-        const Order order(args, round, ring);
-        part = own > 0 && (own % 2 == 0 || own == 2 * order.tiles - 1);
-        tile = (part == 0 ? (own + 1) / 2 : (own - 1) / 2) * args.stride + ring;
-        spot = order.spot(own);
-    }
-};
-
-// Shared memory and its barriers. Every slot is read by the warps of its consumers and by the warp that stores.
-template <class Tile>
-struct Ring {
-    SharedAddress shared;
-
-    __device__ __forceinline__ SharedAddress query(int group) const {
-        return shared + Tile::kQuery + group * Tile::kRowBlockBytes;
-    }
-    __device__ __forceinline__ SharedAddress out(int group) const {
-        return shared + Tile::kOut + group * Tile::kRowBlockBytes;
-    }
-    __device__ __forceinline__ SharedAddress tile(Spot spot) const {
-        return shared + Tile::kRing + spot.slot * Tile::kSlotBytes;
-    }
-    __device__ __forceinline__ SharedAddress mask(Spot spot) const {
-        return shared + Tile::kMasks + spot.slot * kChunkBytes;
-    }
-    __device__ __forceinline__ SharedAddress full(Spot spot) const { return shared + Tile::kBarriers + spot.slot * 8; }
-    __device__ __forceinline__ SharedAddress empty(Spot spot) const { return full(spot) + Tile::kSlots * 8; }
-    __device__ __forceinline__ SharedAddress query_full() const {
-        return shared + Tile::kBarriers + 2 * Tile::kSlots * 8;
-    }
-    __device__ __forceinline__ SharedAddress query_empty() const { return query_full() + 8; }
-
-    __device__ __forceinline__ void wait_full(Spot spot) const { mbarrier_wait(full(spot), spot.parity); }
-    __device__ __forceinline__ void wait_empty(Spot spot) const {
-        mbarrier_wait(empty(spot), spot.parity ^ 1);  // the first round finds every slot empty
-    }
-    // By all lanes of a warp that has read the slot.
-    __device__ __forceinline__ void release(Spot spot, int lane) const {
-        warp_barrier();
-        if (lane == 0) mbarrier_arrive(empty(spot));
-    }
-
-    __device__ __forceinline__ void init(const Args& args) const {
-        const int readers = (args.stride == 1 ? kConsumers : 1) * kWarpgroupWarps + 1;
-        for (int slot = 0; slot < Tile::kSlots; ++slot) {
-            mbarrier_init(full({slot, 0}), 1);
-            mbarrier_init(empty({slot, 0}), readers);
-        }
-        mbarrier_init(query_full(), 1);
-        mbarrier_init(query_empty(), kConsumers * kWarpgroupWarps);
-        mbarrier_init_fence();
-    }
-};
-
-// One box of keys, a lane's share of a tile.
-struct KeyBox {
-    int rows;   // that are keys
-    bool paged;
-    Box box;    // of K in `pages`, else of either in k and v
-
-    __device__ __forceinline__ KeyBox(const Args& args, const Item& item, int index) {
-        const AttnParams& p = args.params;
-        const int page_size = p.pool.page_size;
-        paged = index < p.read.count;
-        if (paged) {
-            const int slot = slots_of(p.read, item.batch, item.kv_head)[index];
-            const int page = p.pool.arena[item.batch * p.kv_heads + item.kv_head] + (slot >> kRowsBits);
-            rows = slot & kRowsMask;
-            box = {0, rows == 0 ? page_size : 0, 0, page};  // an empty entry: below the page, where all is zero
-        } else {
-            const int row = (index - p.read.count) << args.page_shift, left = p.tokens - row;
-            rows = left < 0 ? 0 : left < page_size ? left : page_size;
-            box = {0, row, item.kv_head, item.batch};
-        }
-    }
-};
-
-// Bit i: whether key i of the tile is there, from the rows of the boxes that the first lanes hold.
-__device__ __forceinline__ Chunk named_keys(int rows, int page_shift, int lane) {
-    Chunk named;
-#pragma unroll
-    for (int part = 0; part < 4; ++part) {
-        const int key = part * kWarpLanes + lane;
-        const int of_box = shuffle_from(rows, key >> page_shift);
-        named.word[part] = ballot((key & ((1 << page_shift) - 1)) < of_box);
-    }
-    return named;
-}
-
-template <class Tile>
-__device__ __forceinline__ void fetch_queries(const Args& args, const Item& item, const Ring<Tile>& ring) {
-    const int blocks = args.stride == 1 ? kConsumers : 1;
-    mbarrier_expect(ring.query_full(), blocks * Tile::kRowBlockBytes);
-    for (int i = 0; i < blocks * Tile::kPanels; ++i) {
-        const int block = i / Tile::kPanels, panel = i % Tile::kPanels;
-        const Box box{panel * kSwizzleElements, item.first_row + block * kWarpgroupRows, item.head, item.batch};
-        tma_load(ring.query(block) + panel * kWarpgroupRows * kSwizzleBytes, args.q, box, ring.query_full());
-    }
-}
-
-// Warp 0 of the movers: fetches what the consumers need, in their order, as slots become empty.
-template <class Tile>
-__device__ __forceinline__ void fetch(const Args& args, const Ring<Tile>& ring, int lane) {
-    const int boxes = Tile::kKeys >> args.page_shift;
-    int round = 0;
-    for (int index = blockIdx.x; index < args.items; index += args.blocks, ++round) {
-        const Item item(args, index);
-        mbarrier_wait(ring.query_empty(), (round & 1) ^ 1);
-        if (lane == 0) fetch_queries(args, item, ring);
-        for (int step = 0; step < 2 * args.key_tiles; ++step) {
-            const auto [tile, part, spot] = Turn(args, round, step);
-            KeyBox key_box(args, item, tile * boxes + lane % boxes);  // loads its slot while the wait goes on
-            ring.wait_empty(spot);
-            if (part == 0) {
-                const Chunk named = named_keys(key_box.rows, args.page_shift, lane);
-                if (lane == 0) store_shared_16(ring.mask(spot), named);
-            }
-            if (lane == 0) mbarrier_expect(ring.full(spot), Tile::kSlotBytes);
-            warp_barrier();
-            if (lane >= boxes) continue;
-            if (key_box.paged) key_box.box.third = part;
-            const TensorMap& map = key_box.paged ? args.pages : part == 0 ? args.k : args.v;
-            const SharedAddress to = ring.tile(spot) + (lane << args.page_shift) * kSwizzleBytes;
-            for (int panel = 0; panel < Tile::kPanels; ++panel) {
-                key_box.box.column = panel * kSwizzleElements;
-                tma_load(to + panel * Tile::kKeys * kSwizzleBytes, map, key_box.box, ring.full(spot));
-            }
-        }
-    }
-}
-
-// Whether the write table takes the current scale box by box: full pages in order, then the rest.
-__device__ __forceinline__ bool takes_boxes(const Args& args, const int32_t* slots, int lane) {
-    const AttnParams& p = args.params;
-    bool fits = (p.tokens + p.pool.page_size - 1) >> args.page_shift <= p.write.count;
-    for (int i = lane; i < p.write.count; i += kWarpLanes) {
-        const int left = p.tokens - (i << args.page_shift);
-        const int rows = left < 0 ? 0 : left < p.pool.page_size ? left : p.pool.page_size;
-        fits = fits && (slots[i] & kRowsMask) == rows;
-    }
-    return ballot(fits) == ~0u;
-}
-
-// Warp 1 of the movers: stores each box of the current scale once, from the slot that the consumers read. The tiles of
-// query rows share the boxes among themselves. Rows that join a page already begun go from global memory.
-template <class Tile>
-__device__ __forceinline__ void keep(const Args& args, const Ring<Tile>& ring, int lane) {
-    const AttnParams& p = args.params;
-    const int boxes = Tile::kKeys >> args.page_shift;
-    int round = 0;
-    for (int index = blockIdx.x; index < args.items; index += args.blocks, ++round) {
-        const Item item(args, index);
-        const int32_t* const slots = slots_of(p.write, item.batch, item.kv_head);
-        const bool stores = p.write.count > 0 && item.head == item.kv_head * args.group;
-        const bool boxwise = stores && takes_boxes(args, slots, lane);
-        if (stores && !boxwise) {
-            store_rows<Tile::kHeadDim, 1>(p, item.batch, item.kv_head, item.row_tile, args.row_tiles, lane);
-        }
-        for (int step = 0; step < 2 * args.key_tiles; ++step) {
-            const auto [tile, part, spot] = Turn(args, round, step);
-            const int index_in_scale = tile * boxes + lane - p.read.count;
-            ring.wait_full(spot);
-            const bool mine = boxwise && lane < boxes && index_in_scale >= 0 &&
-                              index_in_scale << args.page_shift < p.tokens &&
-                              index_in_scale % args.row_tiles == item.row_tile;
-            if (mine) {
-                const int page = p.pool.arena[item.batch * p.kv_heads + item.kv_head] +
-                                 (slots[index_in_scale] >> kRowsBits);
-                const SharedAddress from = ring.tile(spot) + (lane << args.page_shift) * kSwizzleBytes;
-                for (int panel = 0; panel < Tile::kPanels; ++panel) {
-                    const Box box{panel * kSwizzleElements, 0, part, page};
-                    tma_store(args.pages, box, from + panel * Tile::kKeys * kSwizzleBytes);
-                }
-                tma_store_commit();
-                tma_store_wait_read();
-            }
-            ring.release(spot, lane);
-        }
-    }
-}
 
 // A warpgroup that computes.
 struct Consumer {
@@ -298,35 +54,40 @@ struct Registers {
         row_sum[0] = row_sum[1] = 0;
     }
 
-    // scores = Q Kᵀ, under way
+    // scores = Q Kᵀ for the first kCount · 2 keys of the tile, under way
+    template <int kCount>
     __device__ __forceinline__ void issue_scores(SharedAddress query, SharedAddress k) {
+        const uint64_t left = operand(query), right = operand(k);
 #pragma unroll
         for (int step = 0; step < Tile::kHeadDim / kMmaRows; ++step) {
             constexpr int kPerPanel = kSwizzleElements / kMmaRows;
-            const int panel = step / kPerPanel, offset = step % kPerPanel * kMmaRows * kElementBytes;
+            const int panel = step / kPerPanel, column = step % kPerPanel * kMmaRows * kElementBytes;
             wgmma_scores<typename Tile::Element>(
-                scores, operand(query + panel * kWarpgroupRows * kSwizzleBytes + offset),
-                operand(k + panel * Tile::kKeys * kSwizzleBytes + offset), step > 0);
+                reinterpret_cast<float (&)[kCount]>(scores), advance(left, panel * kWarpgroupRows * kSwizzleBytes + column),
+                advance(right, panel * Tile::kKeys * kSwizzleBytes + column), step > 0);
         }
         wgmma_commit();
     }
 
-    // out += P V, under way
-    __device__ __forceinline__ void issue_out(SharedAddress v) {
+    // out += P V, under way; of a half tile, its keys alone
+    __device__ __forceinline__ void issue_out(SharedAddress v, bool half) {
+        const uint64_t right = operand(v, Tile::kKeys * kSwizzleBytes);
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
+            if (step >= kSteps / 2 && half) continue;
             wgmma_out<typename Tile::Element>(
-                out, probabilities[step],
-                operand(v + step * kMmaRows * kSwizzleBytes, Tile::kKeys * kSwizzleBytes));
+                out, probabilities[step], advance(right, step * kMmaRows * kSwizzleBytes));
         }
         wgmma_commit();
     }
 
     // Scores of keys that are not there become −∞; most tiles have all.
+    template <int kCount>
     __device__ __forceinline__ void mask(const Chunk& named, int lane) {
-        if ((named.word[0] & named.word[1] & named.word[2] & named.word[3]) == ~0u) return;
+        const uint32_t second_half = kCount < Tile::kKeys / 2 ? ~0u : named.word[2] & named.word[3];
+        if ((named.word[0] & named.word[1] & second_half) == ~0u) return;
 #pragma unroll
-        for (int i = 0; i < Tile::kKeys / 2; ++i) {
+        for (int i = 0; i < kCount; ++i) {
             const int key = i / 4 * kMmaColumns + i % 2;  // and 2 (lane % 4)
             const bool there = named.word[key / kWarpLanes] >> 2 * (lane % 4) >> key % kWarpLanes & 1;
             scores[i] = there ? scores[i] : -INFINITY;
@@ -335,12 +96,13 @@ struct Registers {
 
     // Takes the tile into the row maxima and its exponentials into the sums; returns in `shrink` the factor of what was
     // summed under the old maxima. A row without any key yet keeps −∞, which nothing is measured from.
+    template <int kCount>
     __device__ __forceinline__ void exponentiate(float (&shrink)[2], float scale_log2) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float top = row_max[half];
 #pragma unroll
-            for (int i = 0; i < Tile::kKeys / 4; ++i) top = fmaxf(top, scores[i / 2 * 4 + 2 * half + i % 2]);
+            for (int i = 0; i < kCount / 2; ++i) top = fmaxf(top, scores[i / 2 * 4 + 2 * half + i % 2]);
             top = fmaxf(top, shuffle_xor(top, 1));
             top = fmaxf(top, shuffle_xor(top, 2));
             const float shift = top == -INFINITY ? 0 : top * scale_log2;
@@ -348,7 +110,7 @@ struct Registers {
             row_max[half] = top;
             float sum = row_sum[half] * shrink[half];
 #pragma unroll
-            for (int i = 0; i < Tile::kKeys / 4; ++i) {
+            for (int i = 0; i < kCount / 2; ++i) {
                 float& score = scores[i / 2 * 4 + 2 * half + i % 2];
                 score = exp2_fast(score * scale_log2 - shift);
                 sum += score;
@@ -364,9 +126,10 @@ struct Registers {
         for (int i = 0; i < Tile::kHeadDim / 2; ++i) out[i] *= shrink[i / 2 % 2];
     }
 
+    template <int kCount>
     __device__ __forceinline__ void round_probabilities() {
 #pragma unroll
-        for (int i = 0; i < kSteps * 4; ++i) {
+        for (int i = 0; i < kCount / 2; ++i) {
             probabilities[i / 4][i % 4] = pack<typename Tile::Element>(scores[2 * i], scores[2 * i + 1]);
         }
     }
@@ -415,42 +178,49 @@ struct Registers {
     }
 };
 
+// The first tile of keys of an item: its scores, and their exponentials. kCount scores per thread.
+template <int kCount, class Tile>
+__device__ __forceinline__ void begin(
+    Spot k, const Ring<Tile>& ring, const Consumer& me, Registers<Tile>& registers, float scale_log2) {
+    float shrink[2];  // of nothing
+    ring.wait_full(k);
+    wgmma_fence();
+    registers.template issue_scores<kCount>(ring.query(me.shares_rows ? 0 : me.group), ring.tile(k));
+    const Chunk named = load_shared_16(ring.mask(k));
+    wgmma_wait<0>();
+    settle(registers.scores);
+    ring.release(k, me.lane);
+    registers.template mask<kCount>(named, me.lane);
+    registers.template exponentiate<kCount>(shrink, scale_log2);
+    registers.template round_probabilities<kCount>();
+}
+
 // A consumer's tiles of keys of one item: the products of a tile's V and of the next tile's K are issued together, and
-// the next tile's exponentials are taken while the former still run.
+// the next tile's exponentials are taken while the former still run. The first tile may be a half one.
 template <class Tile>
 __device__ __forceinline__ void attend(
-    const Order& order, const Ring<Tile>& ring, const Consumer& me, Registers<Tile>& registers, float scale_log2) {
-    const SharedAddress query = ring.query(me.shares_rows ? 0 : me.group);
-    float shrink[2];
+    const Order& order, bool half, const Ring<Tile>& ring, const Consumer& me, Registers<Tile>& registers,
+    float scale_log2) {
+    constexpr int kCount = Tile::kKeys / 2;
     registers.clear();
-    if (order.tiles > 0) {
-        const Spot k = order.k(0);
-        ring.wait_full(k);
-        wgmma_fence();
-        registers.issue_scores(query, ring.tile(k));
-        const Chunk named = load_shared_16(ring.mask(k));
-        wgmma_wait<0>();
-        settle(registers.scores);
-        ring.release(k, me.lane);
-        registers.mask(named, me.lane);
-        registers.exponentiate(shrink, scale_log2);
-        registers.round_probabilities();
-    }
+    if (order.tiles > 0 && half) begin<kCount / 2>(order.k(0), ring, me, registers, scale_log2);
+    if (order.tiles > 0 && !half) begin<kCount>(order.k(0), ring, me, registers, scale_log2);
     for (int tile = 0; tile + 1 < order.tiles; ++tile) {
         const Spot k = order.k(tile + 1), v = order.v(tile);
+        float shrink[2];
         if (tile == 0) ring.wait_full(k);
         ring.wait_full(v);
         if (!me.shares_rows) me.wait_turn();
         wgmma_fence();
-        registers.issue_scores(query, ring.tile(k));
-        registers.issue_out(ring.tile(v));
+        registers.template issue_scores<kCount>(ring.query(me.shares_rows ? 0 : me.group), ring.tile(k));
+        registers.issue_out(ring.tile(v), half && tile == 0);
         if (!me.shares_rows) me.give_turn();
         const Chunk named = load_shared_16(ring.mask(k));
         wgmma_wait<1>();
         settle(registers.scores);
         ring.release(k, me.lane);
-        registers.mask(named, me.lane);
-        registers.exponentiate(shrink, scale_log2);
+        registers.template mask<kCount>(named, me.lane);
+        registers.template exponentiate<kCount>(shrink, scale_log2);
         settle(registers.scores);
         // The next wait for K comes here, because ptxas keeps to branches alone: without one, it would put the
         // exponentials off until the products below are done.
@@ -459,7 +229,7 @@ __device__ __forceinline__ void attend(
         settle(registers.out);
         ring.release(v, me.lane);
         registers.rescale(shrink);
-        registers.round_probabilities();
+        registers.template round_probabilities<kCount>();
     }
     warp_barrier();
     if (me.lane == 0) mbarrier_arrive(ring.query_empty());  // the next item's queries come under this one's end
@@ -467,7 +237,7 @@ __device__ __forceinline__ void attend(
         const Spot v = order.v(order.tiles - 1);
         ring.wait_full(v);
         wgmma_fence();
-        registers.issue_out(ring.tile(v));
+        registers.issue_out(ring.tile(v), half && order.tiles == 1);
         wgmma_wait<0>();
         settle(registers.out);
         ring.release(v, me.lane);
@@ -516,7 +286,8 @@ __device__ __forceinline__ void compute(const Args& args, const Ring<Tile>& ring
     for (int index = blockIdx.x; index < args.items; index += args.blocks, ++round) {
         const Item item(args, index);
         mbarrier_wait(ring.query_full(), round & 1);
-        attend(Order(args, round, me.shares_rows ? me.group : 0), ring, me, registers, scale_log2);
+        const bool half = args.first_keys < Tile::kKeys && (me.group == 0 || !me.shares_rows);
+        attend(Order(args, round, me.shares_rows ? me.group : 0), half, ring, me, registers, scale_log2);
         if (me.thread() == 0) tma_store_wait_read();  // the item before: its output has left shared memory
         if (me.shares_rows) {
             const SharedAddress sums = ring.out(0), stats = ring.shared + Tile::kStats;

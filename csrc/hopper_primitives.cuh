@@ -122,6 +122,9 @@ __device__ __forceinline__ uint64_t operand(SharedAddress at, int panel_bytes = 
     return kSwizzle128 | kEightRows | static_cast<uint64_t>(panel_bytes >> 4) << 16 | (at & 0x3ffff) >> 4;
 }
 
+// The operand `bytes` further on.
+__device__ __forceinline__ uint64_t advance(uint64_t operand, int bytes) { return operand + (bytes >> 4); }
+
 // Orders the warpgroup's ordinary register accesses before its next products.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
@@ -161,6 +164,23 @@ __device__ __forceinline__ void wgmma_scores(float (&d)[64], uint64_t a, uint64_
                  "%64, %65, p, 1, 1, 0, 0;\n}" \
                  : AMSKV_SUMS(0), AMSKV_SUMS(8), AMSKV_SUMS(16), AMSKV_SUMS(24), AMSKV_SUMS(32), AMSKV_SUMS(40), \
                    AMSKV_SUMS(48), AMSKV_SUMS(56) \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
+    if constexpr (std::is_same_v<T, Half>) {
+        AMSKV_PRODUCT("f16");
+    } else {
+        AMSKV_PRODUCT("bf16");
+    }
+#undef AMSKV_PRODUCT
+}
+
+// The same for 64 columns.
+template <typename T>
+__device__ __forceinline__ void wgmma_scores(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
+#define AMSKV_PRODUCT(type) \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" \
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" AMSKV_NAMES "}, " \
+                 "%32, %33, p, 1, 1, 0, 0;\n}" \
+                 : AMSKV_SUMS(0), AMSKV_SUMS(8), AMSKV_SUMS(16), AMSKV_SUMS(24) \
                  : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
     if constexpr (std::is_same_v<T, Half>) {
         AMSKV_PRODUCT("f16");

@@ -63,11 +63,13 @@ SlotTable table_of(const Tensor& slots) {
 }
 
 Pool pool_of(const Tensor& pages, const Tensor& arena) {
-    return {pages.data_ptr(), static_cast<const int32_t*>(arena.data_ptr()), static_cast<int32_t>(pages.size(2))};
+    return {
+        pages.data_ptr(), static_cast<const int32_t*>(arena.data_ptr()), static_cast<int32_t>(pages.size(2)),
+        static_cast<int32_t>(pages.size(0))};
 }
 
-std::tuple<Tensor, Tensor> attn_cuda(
-    Tensor q, Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor read_slots, Tensor write_slots,
+std::tuple<Tensor, Tensor> attn_with(
+    Kernels kernels, Tensor q, Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor read_slots, Tensor write_slots,
     double softmax_scale) {
     check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale);
     const DeviceScope scope(k);
@@ -85,13 +87,25 @@ std::tuple<Tensor, Tensor> attn_cuda(
     p.softmax_scale = static_cast<float>(softmax_scale);
     p.batch = batch, p.tokens = tokens, p.heads = heads, p.kv_heads = k.size(2), p.head_dim = head_dim;
     p.dtype = q.scalar_type() == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;
-    const AttnPlan plan = plan_attn(p, device_facts(scope.index()));
+    const AttnPlan plan = plan_attn(p, device_facts(scope.index()), kernels);
     const std::array<int64_t, 1> scratch{static_cast<int64_t>(attn_workspace_bytes(p, plan) / sizeof(float))};
     std::optional<Tensor> workspace;
     if (scratch[0] > 0) workspace = torch::stable::new_empty(q, {scratch.data(), 1}, ScalarType::Float);
     const Error error = amskv::attn(p, plan, workspace ? workspace->data_ptr() : nullptr, scope.stream());
     if (error != kOk) fail("attn", error);
     return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> attn_cuda(
+    Tensor q, Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor read_slots, Tensor write_slots,
+    double softmax_scale) {
+    return attn_with(Kernels::kPortable, q, k, v, pages, arena, read_slots, write_slots, softmax_scale);
+}
+
+std::tuple<Tensor, Tensor> attn_hopper(
+    Tensor q, Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor read_slots, Tensor write_slots,
+    double softmax_scale) {
+    return attn_with(Kernels::kHopper, q, k, v, pages, arena, read_slots, write_slots, softmax_scale);
 }
 
 void append_cuda(Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor write_slots) {
@@ -108,12 +122,14 @@ void append_cuda(Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor write_sl
     if (const Error error = amskv::append(p, scope.stream()); error != kOk) fail("append", error);
 }
 
+Kernels served = Kernels::kPortable;
+
 // What amskv::attn and amskv::append do on CUDA tensors while this library serves them: fp32 goes back to Python.
 std::tuple<Tensor, Tensor> attn_served(
     Tensor q, Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor read_slots, Tensor write_slots,
     double softmax_scale) {
     if (q.scalar_type() != ScalarType::Float)
-        return attn_cuda(q, k, v, pages, arena, read_slots, write_slots, softmax_scale);
+        return attn_with(served, q, k, v, pages, arena, read_slots, write_slots, softmax_scale);
     using torch::stable::detail::from;
     std::array<StableIValue, 8> stack{from(q),     from(k),          from(v),           from(pages),
                                       from(arena), from(read_slots), from(write_slots), from(softmax_scale)};
@@ -130,9 +146,10 @@ void append_served(Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor write_
 
 // Takes amskv::attn and amskv::append on CUDA tensors, so that no Python stands between dispatcher and launch, or
 // gives them back to what was registered before.
-void serve_cuda(bool on) {
+void serve_cuda(bool on, bool hopper) {
     using torch::stable::detail::StableLibrary;
     static std::unique_ptr<StableLibrary> registration;
+    served = hopper ? Kernels::kHopper : Kernels::kPortable;
     if (on == (registration != nullptr)) return;
     if (!on) return registration.reset();
     registration = std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "amskv", "CUDA", __FILE__, __LINE__);
@@ -150,11 +167,22 @@ std::string tile_info() {
     return text.str();
 }
 
+template <int kHeadDim>
+std::string hopper_tile_info() {
+    using Shape = HopperTile<void, kHeadDim>;
+    std::ostringstream text;
+    text << "{\"head_dim\": " << kHeadDim << ", \"keys\": " << Shape::kKeys << ", \"slots\": " << Shape::kSlots
+         << ", \"threads\": " << kHopperThreads << ", \"mover_registers\": " << kMoverRegisters
+         << ", \"consumer_registers\": " << kConsumerRegisters << ", \"shared\": " << Shape::kSharedBytes << '}';
+    return text.str();
+}
+
 std::string build_info() {
     std::string info = kBuildInfo;  // a JSON object
     info.pop_back();
     info += ", \"tiles\": [" + tile_info<64, 16>() + ", " + tile_info<64, 32>() + ", " + tile_info<96, 16>() + ", " +
-            tile_info<96, 32>() + ", " + tile_info<128, 16>() + ", " + tile_info<128, 32>() + "]}";
+            tile_info<128, 16>() + ", " + tile_info<128, 32>() + "], \"hopper_tiles\": [" + hopper_tile_info<64>() +
+            ", " + hopper_tile_info<128>() + "]}";
     return info;
 }
 
@@ -168,13 +196,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(amskv, m) {
         "attn_cuda(Tensor q, Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor read_slots, Tensor "
         "write_slots, "
         "float softmax_scale) -> (Tensor, Tensor)");
+    m.def(
+        "attn_hopper(Tensor q, Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor read_slots, Tensor "
+        "write_slots, "
+        "float softmax_scale) -> (Tensor, Tensor)");
     m.def("append_cuda(Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor write_slots) -> ()");
-    m.def("serve_cuda(bool on) -> ()");
+    m.def("serve_cuda(bool on, bool hopper=False) -> ()");
     m.def("build_info() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(amskv, CompositeExplicitAutograd, m) {
     m.impl("attn_cuda", TORCH_BOX(&amskv::attn_cuda));
+    m.impl("attn_hopper", TORCH_BOX(&amskv::attn_hopper));
     m.impl("append_cuda", TORCH_BOX(&amskv::append_cuda));
     m.impl("serve_cuda", TORCH_BOX(&amskv::serve_cuda));
     m.impl("build_info", TORCH_BOX(&amskv::build_info));

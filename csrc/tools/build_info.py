@@ -11,7 +11,7 @@ from pathlib import Path
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+a?)'")
 FRAME = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
-NAME = re.compile(r"(\w+)_kernel(?:<amskv::Tile<(?:amskv::)?(\w+), (\d+), (\d+)>\s*>)?")
+NAME = re.compile(r"(hopper::)?(\w+)_kernel(?:<amskv::\w*Tile<(?:amskv::)?(\w+), (\d+)(?:, (\d+))?>\s*>)?")
 
 
 def kernels(log: str) -> list[dict[str, object]]:
@@ -33,7 +33,10 @@ def readable(symbol: str) -> str:
     match = NAME.search(full)
     if match is None:
         return full
-    return match[1] if match[2] is None else f"{match[1]}<{match[2]}, head_dim {match[3]}, {match[4]} rows per warp>"
+    hopper, name, dtype, head_dim, rows = match.groups()
+    if dtype is None:
+        return name
+    return f"{name}<{dtype}, head_dim {head_dim}, {'Hopper' if hopper else f'{rows} rows per warp'}>"
 
 
 def _dotted(architecture: str) -> str:

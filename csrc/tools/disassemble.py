@@ -1,28 +1,45 @@
 """Tells what the compiled kernels are made of: registers, spills and the instructions that matter, per kernel.
 
-    python csrc/tools/disassemble.py [build/cuda/libamskv.so]
+    python csrc/tools/disassemble.py [build/cuda/libamskv.so] [--out benchmarks/reports/native-report.json]
 
-Needs cuobjdump, of a CUDA toolkit or of the triton package. Exits with an error where a kernel
-touches local memory or lacks an instruction it is written for.
+Needs cuobjdump, of a CUDA toolkit or of the triton package. Exits with an error where a kernel touches local memory,
+lacks an instruction it is written for, or where the Hopper kernel's loop is not what it was written to be.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-# SASS mnemonic → what it is: 16-byte asynchronous copy, ldmatrix, matrix product, exp2, local memory.
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
+
+from build_info import readable  # noqa: E402
+
+# SASS mnemonic → what it is.
 WATCHED = {
-    "LDGSTS": "cp.async", "LDSM": "ldmatrix", "HMMA": "mma", "MUFU.EX2": "exp2", "LDL": "spill", "STL": "spill",
+    "LDGSTS": "cp.async", "LDSM": "ldmatrix", "HMMA": "mma", "UTMALDG": "TMA load", "UTMASTG": "TMA store",
+    "HGMMA": "wgmma", "MUFU.EX2": "exp2", "FFMA": "fma", "LDL": "spill", "STL": "spill",
 }  # fmt: skip
-# What every attention kernel must show.
-WANTED = ("LDGSTS", "LDSM", "HMMA", "MUFU.EX2")
+# What every attention kernel must show, and must not.
+PORTABLE = {"LDGSTS": True, "LDSM": True, "HMMA": True, "MUFU.EX2": True}
+HOPPER = {"UTMALDG": True, "UTMASTG": True, "HGMMA": True, "MUFU.EX2": True, "HMMA": False, "LDGSTS": False}
+MULTIPROCESSOR = 228 * 1024  # bytes of shared memory of an sm_90, of which a block takes 1 KiB for itself
+
+
+class Instruction(NamedTuple):
+    address: int
+    text: str  # without its predicate
+
+    def starts(self, mnemonic: str) -> bool:
+        return self.text.startswith(mnemonic)
 
 
 def cuobjdump() -> str:
@@ -34,39 +51,116 @@ def cuobjdump() -> str:
     return found
 
 
-def counts(sass: str) -> dict[tuple[str, str], Counter[str]]:
-    """(architecture, kernel) → how often each watched mnemonic stands in it."""
-    found: dict[tuple[str, str], Counter[str]] = {}
-    architecture, current = "", Counter()
+def functions(sass: str) -> dict[tuple[str, str], list[Instruction]]:
+    """(architecture, symbol) → its instructions."""
+    found: dict[tuple[str, str], list[Instruction]] = {}
+    architecture, current = "", []
     for line in sass.splitlines():
         if match := re.search(r"arch = sm_(\d+a?)", line):
             architecture = match[1]
         elif match := re.search(r"Function : (\w+)", line):
-            current = found.setdefault((architecture, match[1]), Counter())
-        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9.]+)", line):
-            current["instructions"] += 1
-            for mnemonic in WATCHED:
-                current[mnemonic] += match[1].startswith(mnemonic)
+            current = found.setdefault((architecture, match[1]), [])
+        elif match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(.*?);", line):
+            current.append(Instruction(int(match[1], 16), match[2]))
     return found
 
 
-def main() -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
-    from build_info import readable
+def count(code: list[Instruction], mnemonic: str) -> int:
+    return sum(instruction.starts(mnemonic) for instruction in code)
 
-    library = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build" / "cuda" / "libamskv.so"
-    sass = subprocess.run([cuobjdump(), "-sass", str(library)], capture_output=True, text=True, check=True).stdout
-    columns = {"instructions": "instructions", **{m: f"{m} ({what})" for m, what in WATCHED.items()}}
-    print(f"{'kernel':50} {'sm':>4}  " + "  ".join(columns.values()))
-    wrong = []
-    for (architecture, symbol), count in sorted(
-        counts(sass).items(), key=lambda item: (readable(item[0][1]), item[0][0])
-    ):
-        name = readable(symbol)
-        print(f"{name:50} {architecture:>4}  " + "  ".join(f"{count[c]:>{len(title)}}" for c, title in columns.items()))
-        wrong += [f"{name} has local memory" for m in ("LDL", "STL") if count[m]]
-        wrong += [f"{name} has no {m}" for m in WANTED if name.startswith("attn<") and not count[m]]
-    if wrong:
+
+def main_loop(code: list[Instruction]) -> list[Instruction]:
+    """The shortest loop around the wait that leaves one group of products under way."""
+    wait = next(i.address for i in code if "DEPBAR.LE gsb0, 0x1" in i.text)
+    loops = []
+    for instruction in code:
+        match = re.match(r"BRA (0x[0-9a-f]+)", instruction.text)
+        if match and int(match[1], 16) <= wait < instruction.address:
+            loops.append((int(match[1], 16), instruction.address))
+    first, last = min(loops, key=lambda loop: loop[1] - loop[0])
+    return [i for i in code if first <= i.address <= last]
+
+
+def hopper_facts(code: list[Instruction], tile: dict[str, int]) -> dict[str, object]:
+    """What one thread of a consumer does for one tile of keys, and what the roles take."""
+    loop = main_loop(code)
+    waits = [k for k, i in enumerate(loop) if i.starts("WARPGROUP.DEPBAR")]
+    between = loop[waits[0] : waits[-1]]
+    registers = [int(i.text.split()[-1 if "DEALLOC" in i.text else 2].rstrip(","), 16) for i in code
+                 if i.starts("USETMAXREG")]  # fmt: skip
+    return {
+        "consumer registers": max(registers), "mover registers": min(registers), "shared": tile["shared"],
+        "blocks per multiprocessor": MULTIPROCESSOR // (tile["shared"] + 1024),
+        "scores per tile": tile["keys"] // 2, "exp2 per tile": count(loop, "MUFU.EX2"),
+        "fma per tile": count(loop, "FFMA"), "wgmma per tile": count(loop, "HGMMA"),
+        "exp2 under wgmma": count(between, "MUFU.EX2"), "waits per tile": len(waits),
+        "instructions per tile": len(loop),
+    }  # fmt: skip
+
+
+def hopper_faults(facts: dict[str, object], tile: dict[str, int]) -> list[str]:
+    """Two row maxima change per tile: an exponential each beside the scores', and two multiply-adds."""
+    scores = tile["keys"] // 2
+    expected = {
+        "consumer registers": tile["consumer_registers"], "mover registers": tile["mover_registers"],
+        "blocks per multiprocessor": 1, "exp2 per tile": scores + 2, "fma per tile": scores + 4, "waits per tile": 2,
+    }  # fmt: skip
+    found = [f"{name} is {facts[name]}, not {value}" for name, value in expected.items() if facts[name] != value]
+    wgmma = tile["head_dim"] // 16 + tile["keys"] // 16
+    if facts["wgmma per tile"] not in (wgmma, wgmma + 1):  # one more where the last of a half tile stands apart
+        found.append(f"wgmma per tile is {facts['wgmma per tile']}, not {wgmma}")
+    if facts["exp2 under wgmma"] < 0.9 * scores:  # the compiler may leave a few behind the wait
+        found.append(f"only {facts['exp2 under wgmma']} exponentials run under products")
+    return found
+
+
+def examine(symbol: str, architecture: str, code: list[Instruction], info: dict) -> tuple[dict, list[str]]:
+    """A row of the report, and what is wrong with the kernel."""
+    name = readable(symbol)
+    built = next(k for k in info["kernels"] if k["name"] == name and k["architecture"].replace(".", "") == architecture)
+    row: dict[str, object] = {"kernel": name, "arch": architecture, "registers": built["registers"]}
+    row |= {"spilled bytes": built["spill"], "instructions": len(code)}
+    row |= {f"{mnemonic} ({what})": count(code, mnemonic) for mnemonic, what in WATCHED.items() if what != "spill"}
+    wrong = [f"{m} {count(code, m)} times" for m in ("LDL", "STL") if count(code, m)]
+    wrong += [f"{built['spill']} bytes spilled"] if built["spill"] else []
+    hopper = name.endswith("Hopper>")
+    if name.startswith("attn<"):
+        for mnemonic, wanted in (HOPPER if hopper else PORTABLE).items():
+            if (count(code, mnemonic) > 0) != wanted:
+                wrong.append(f"{'no' if wanted else 'has'} {mnemonic}")
+    if hopper:
+        tile = next(t for t in info["hopper_tiles"] if f"head_dim {t['head_dim']}," in name)
+        facts = hopper_facts(code, tile)
+        row |= facts
+        wrong += hopper_faults(facts, tile)
+    return row, [f"{name} on {architecture}: {fault}" for fault in wrong]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("library", nargs="?", type=Path, default=ROOT / "build" / "cuda" / "libamskv.so")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "reports" / "native-report.json")
+    options = parser.parse_args()
+    import torch
+    from tabulate import tabulate
+
+    from amskv_kernels import native  # noqa: F401  defines the namespace that the library adds to
+
+    torch.ops.load_library(str(options.library.resolve()))
+    info = json.loads(torch.ops.amskv.build_info())
+    command = [cuobjdump(), "-sass", str(options.library)]
+    found = functions(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    examined = [examine(symbol, architecture, code, info) for (architecture, symbol), code in found.items()]
+    rows = sorted((row for row, _ in examined), key=lambda row: (row["kernel"], row["arch"]))
+    common = [key for key in rows[0] if all(key in row for row in rows)]
+    print(tabulate([[row[key] for key in common] for row in rows], headers=common))
+    special = [row for row in rows if "waits per tile" in row]
+    print("\nThe Hopper kernel, per thread of a consumer:\n")
+    print(tabulate([{k: v for k, v in row.items() if k == "kernel" or k not in common} for row in special], "keys"))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    facts = {key: info[key] for key in ("version", "cuda", "architectures")}
+    options.out.write_text(json.dumps(facts | {"rows": rows}, indent=1, ensure_ascii=False) + "\n")
+    if wrong := [fault for _, faults in examined for fault in faults]:
         raise SystemExit("\n".join(wrong))
 
 

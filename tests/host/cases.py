@@ -151,8 +151,8 @@ def judge(case: Case, done: Inputs) -> None:
     torch_out, _ = torch_ops.attn(*plain.tables, plain.scale)
     rounding = torch.finfo(case.dtype).eps / 2
     allowed = 2 * (torch_out.double() - out).norm() + rounding * out.norm()
-    assert (done.out.double() - out).norm() <= allowed
-    assert torch.allclose(done.lse.double(), lse, rtol=0, atol=2e-5)
+    assert (done.out.double() - out).norm() <= allowed, "out: more than twice the error of torch's attention"
+    assert torch.allclose(done.lse.double(), lse, rtol=0, atol=2e-5), "lse is not that of the reference"
     assert torch.equal(_bits(done.pages), _bits(truth.pages)), "pages differ from the reference's"
 
 

@@ -1,4 +1,4 @@
-// The executor's device, for the op library built without CUDA: an sm_80 with one multiprocessor, CPU tensors.
+// The executor's device, for the op library built without CUDA: a Hopper GPU of one multiprocessor, CPU tensors.
 #include "amskv/amskv.h"
 #include "device_scope.h"
 
@@ -7,7 +7,7 @@ namespace amskv {
 DeviceScope::DeviceScope(const torch::stable::Tensor&) {}
 
 Error device_of_current(Device* device) {
-    *device = {1, 163 * 1024, kLeastCapability};
+    *device = {1, 227 * 1024, kHopperCapability};
     return kOk;
 }
 

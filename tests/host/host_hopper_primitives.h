@@ -82,6 +82,8 @@ inline uint64_t operand(SharedAddress at, int panel_bytes = 0) {
     return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | static_cast<uint64_t>(panel_bytes >> 4) << 16 | at >> 4;
 }
 
+inline uint64_t advance(uint64_t operand, int bytes) { return operand + (bytes >> 4); }
+
 inline void wgmma_fence(Where where = Where::current()) {
     once_per_warp("wgmma_fence", where, [](Executor& e) { e.fence_products(); });
 }
@@ -115,9 +117,9 @@ void wgmma(
     });
 }
 
-template <typename T>
-void wgmma_scores(float (&d)[64], uint64_t a, uint64_t b, bool accumulate, Where where = Where::current()) {
-    wgmma<T>("wgmma_scores", d, nullptr, a, b, 128, accumulate, where);
+template <typename T, int kSums>
+void wgmma_scores(float (&d)[kSums], uint64_t a, uint64_t b, bool accumulate, Where where = Where::current()) {
+    wgmma<T>("wgmma_scores", d, nullptr, a, b, 2 * kSums, accumulate, where);
 }
 
 template <typename T, int kSums>

@@ -96,63 +96,65 @@ def test_random_calls(host, seed):
     cases.check(host, replace(case, grow=case.grow if case.stores else 0))
 
 
-FAULT = Case(n=150, batch=1, heads=1, kv_heads=1, gap=False, history=(16,) * 20 + (3,), hopper=(128, 1))
+FAULT = Case(n=150, batch=1, heads=1, kv_heads=1, head_dim=128, gap=False, history=(16,) * 20 + (3,), hopper=(128, 1))
+
+
+RING, MOVERS, KERNEL = "hopper_ring.cuh", "hopper_movers.cuh", "attn_hopper.cuh"
+WRONG = "out: more than twice the error|lse is not that|eager is not lazy"
 
 
 @pytest.mark.parametrize(
-    "text, replacement, message",
+    "file, text, replacement, message",
     [
         pytest.param(
-            "mbarrier_wait(full(spot), spot.parity);", "mbarrier_wait(full(spot), spot.parity ^ 1);",
-            r"attn_hopper, block 0, .*attn_hopper\.cuh:\d+: (no barrier orders|reads bytes of the copy)",
+            RING, "mbarrier_wait(full(spot), spot.parity);", "mbarrier_wait(full(spot), spot.parity ^ 1);",
+            r"attn_hopper, block 0, .*hopper_movers\.cuh:\d+: (no barrier orders|reads bytes of the copy)",
             id="wrong phase bit",
         ),
         pytest.param(
-            "    fence_async_proxy();\n    me.barrier();", "    me.barrier();",
+            KERNEL, "    fence_async_proxy();\n    me.barrier();", "    me.barrier();",
             r"no fence\.proxy\.async shows the ordinary write at attn_hopper\.cuh:\d+",
             id="missing fence before a bulk store",
         ),
         pytest.param(
-            "Tile::kKeys * kSwizzleBytes));\n        }\n        wgmma_commit();",
-            "Tile::kKeys * kSwizzleBytes / 2));\n        }\n        wgmma_commit();", ".*",
+            KERNEL, "operand(v, Tile::kKeys * kSwizzleBytes);", "operand(v, Tile::kKeys * kSwizzleBytes / 2);", WRONG,
             id="wrong descriptor stride",
         ),
         pytest.param(
-            "mbarrier_expect(ring.full(spot), Tile::kSlotBytes);",
-            "mbarrier_expect(ring.full(spot), Tile::kSlotBytes + 16);",
-            r"no thread can go on:(\n|.)*warp 4 waits for the end of phase 0 of mbarrier 0: 0 of 1 arrivals and 16 bytes",
+            MOVERS, "tile == 0 ? first_bytes : Tile::kSlotBytes);", "tile == 0 ? first_bytes + 16 : Tile::kSlotBytes);",
+            r"no thread can go on:(\n|.)*warp 4 waits for the end of phase 0 of mbarrier 0: 0 of 1 arrivals and 16 b",
             id="transaction count too high",
         ),
         pytest.param(
-            "mbarrier_expect(ring.full(spot), Tile::kSlotBytes);",
-            "mbarrier_expect(ring.full(spot), Tile::kSlotBytes - 16);", "counts 16 bytes more than were expected",
-            id="transaction count too low",
+            MOVERS, "tile == 0 ? first_bytes : Tile::kSlotBytes);", "tile == 0 ? first_bytes - 16 : Tile::kSlotBytes);",
+            "counts 16 bytes more than were expected", id="transaction count too low",
         ),
         pytest.param(
-            "        wgmma_wait<0>();\n        settle(registers.out);\n        ring.release(v, me.lane);\n"
+            KERNEL, "        wgmma_wait<0>();\n        settle(registers.out);\n        ring.release(v, me.lane);\n"
             "        registers.rescale(shrink);",
             "        ring.release(v, me.lane);\n        wgmma_wait<0>();\n        settle(registers.out);\n"
             "        registers.rescale(shrink);",
-            r"no barrier orders this write after the reads of warp|still under way|eager is not lazy|assert",
+            f"no barrier orders this write after the reads of warp|still under way|reads bytes of the copy|{WRONG}",
             id="a slot released before its products are done",
         ),
         pytest.param(
-            "        wgmma_wait<1>();", "        wgmma_wait<2>();", ".*", id="scores used before they are there",
+            KERNEL, "        wgmma_wait<1>();", "        wgmma_wait<2>();",
+            f"no barrier orders this access|{WRONG}",
+            id="scores used before they are there",
         ),
         pytest.param(
-            "        if (!me.shares_rows) me.give_turn();\n        const", "        const", r"no thread can go on:(\n|.)*in bar\.sync",
-            id="a turn never given",
+            KERNEL, "        if (!me.shares_rows) me.give_turn();\n        const", "        const",
+            r"no thread can go on:(\n|.)*in bar\.sync", id="a turn never given",
         ),
         pytest.param(
-            "                tma_store_wait_read();\n            }\n            ring.release", "            }\n            ring.release",
-            "bulk store that nothing waited for", id="a slot released before its bulk store has read it",
+            MOVERS, "                tma_store_wait_read();\n            }\n            ring.release",
+            "            }\n            ring.release", "bulk store that nothing waited for",
+            id="a slot released before its bulk store has read it",
         ),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("head_dim", [128])
-def test_planted_fault_is_caught(tmp_path, head_dim, text, replacement, message):
-    case = replace(FAULT, head_dim=head_dim)
-    cases.check(hostlib.load(), case)
-    faulty = hostlib.load_with_fault("attn_hopper.cuh", text, replacement, tmp_path)
+def test_planted_fault_is_caught(tmp_path, file, text, replacement, message):
+    cases.check(hostlib.load(), FAULT)
+    faulty = hostlib.load_with_fault(file, text, replacement, tmp_path)
     with pytest.raises((RuntimeError, AssertionError), match=message):
-        cases.check(faulty, case)
+        cases.check(faulty, FAULT)

@@ -1,0 +1,149 @@
+// The warps of the Hopper kernel that move data: one fetches into the ring, one stores from it.
+#pragma once
+
+#include "hopper_ring.cuh"
+#include "store.cuh"
+
+namespace amskv::hopper {
+
+// The keys of a tile, in boxes.
+template <class Tile>
+struct KeyTile {
+    int first_box, boxes;
+
+    __device__ __forceinline__ KeyTile(const Args& args, int tile) {
+        const int of_first = args.first_keys >> args.page_shift, of_others = Tile::kKeys >> args.page_shift;
+        first_box = tile == 0 ? 0 : of_first + (tile - 1) * of_others;
+        boxes = tile == 0 ? of_first : of_others;
+    }
+};
+
+// One box of keys, a lane's share of a tile.
+struct KeyBox {
+    int rows;   // that are keys
+    bool paged;
+    Box box;    // of K in `pages`, else of either in k and v
+
+    __device__ __forceinline__ KeyBox(const Args& args, const Item& item, int index) {
+        const AttnParams& p = args.params;
+        const int page_size = p.pool.page_size;
+        paged = index < p.read.count;
+        if (paged) {
+            const int slot = slots_of(p.read, item.batch, item.kv_head)[index];
+            const int page = p.pool.arena[item.batch * p.kv_heads + item.kv_head] + (slot >> kRowsBits);
+            rows = slot & kRowsMask;
+            box = {0, rows == 0 ? page_size : 0, 0, page};  // an empty entry: below the page, where all is zero
+        } else {
+            const int row = (index - p.read.count) << args.page_shift, left = p.tokens - row;
+            rows = left < 0 ? 0 : left < page_size ? left : page_size;
+            box = {0, row, item.kv_head, item.batch};
+        }
+    }
+};
+
+// Bit i: whether key i of the tile is there, from the rows of the boxes that the first lanes hold.
+__device__ __forceinline__ Chunk named_keys(int rows, int page_shift, int lane) {
+    Chunk named;
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+        const int key = part * kWarpLanes + lane;
+        const int of_box = shuffle_from(rows, key >> page_shift);
+        named.word[part] = ballot((key & ((1 << page_shift) - 1)) < of_box);
+    }
+    return named;
+}
+
+template <class Tile>
+__device__ __forceinline__ void fetch_queries(const Args& args, const Item& item, const Ring<Tile>& ring) {
+    const int blocks = args.stride == 1 ? kConsumers : 1;
+    mbarrier_expect(ring.query_full(), blocks * Tile::kRowBlockBytes);
+    for (int i = 0; i < blocks * Tile::kPanels; ++i) {
+        const int block = i / Tile::kPanels, panel = i % Tile::kPanels;
+        const Box box{panel * kSwizzleElements, item.first_row + block * kWarpgroupRows, item.head, item.batch};
+        tma_load(ring.query(block) + panel * kWarpgroupRows * kSwizzleBytes, args.q, box, ring.query_full());
+    }
+}
+
+// Warp 0 of the movers: fetches what the consumers need, in their order, as slots become empty.
+template <class Tile>
+__device__ __forceinline__ void fetch(const Args& args, const Ring<Tile>& ring, int lane) {
+    const int first_bytes = args.first_keys * Tile::kHeadDim * kElementBytes;
+    int round = 0;
+    for (int index = blockIdx.x; index < args.items; index += args.blocks, ++round) {
+        const Item item(args, index);
+        mbarrier_wait(ring.query_empty(), (round & 1) ^ 1);
+        if (lane == 0) fetch_queries(args, item, ring);
+        for (int step = 0; step < 2 * args.key_tiles; ++step) {
+            const auto [tile, part, spot] = Turn(args, round, step);
+            const KeyTile<Tile> keys(args, tile);
+            KeyBox key_box(args, item, keys.first_box + lane % keys.boxes);  // loads its slot while the wait goes on
+            ring.wait_empty(spot);
+            if (part == 0) {
+                const Chunk named = named_keys(key_box.rows, args.page_shift, lane);
+                if (lane == 0) store_shared_16(ring.mask(spot), named);
+            }
+            if (lane == 0) mbarrier_expect(ring.full(spot), tile == 0 ? first_bytes : Tile::kSlotBytes);
+            warp_barrier();
+            if (lane >= keys.boxes) continue;
+            if (key_box.paged) key_box.box.third = part;
+            const TensorMap& map = key_box.paged ? args.pages : part == 0 ? args.k : args.v;
+            const SharedAddress to = ring.tile(spot) + (lane << args.page_shift) * kSwizzleBytes;
+            for (int panel = 0; panel < Tile::kPanels; ++panel) {
+                key_box.box.column = panel * kSwizzleElements;
+                tma_load(to + panel * Tile::kKeys * kSwizzleBytes, map, key_box.box, ring.full(spot));
+            }
+        }
+    }
+}
+
+// Whether the write table takes the current scale box by box: full pages in order, then the rest.
+__device__ __forceinline__ bool takes_boxes(const Args& args, const int32_t* slots, int lane) {
+    const AttnParams& p = args.params;
+    bool fits = (p.tokens + p.pool.page_size - 1) >> args.page_shift <= p.write.count;
+    for (int i = lane; i < p.write.count; i += kWarpLanes) {
+        const int left = p.tokens - (i << args.page_shift);
+        const int rows = left < 0 ? 0 : left < p.pool.page_size ? left : p.pool.page_size;
+        fits = fits && (slots[i] & kRowsMask) == rows;
+    }
+    return ballot(fits) == ~0u;
+}
+
+// Warp 1 of the movers: stores each box of the current scale once, from the slot that the consumers read. The tiles of
+// query rows share the boxes among themselves. Rows that join a page already begun go from global memory.
+template <class Tile>
+__device__ __forceinline__ void keep(const Args& args, const Ring<Tile>& ring, int lane) {
+    const AttnParams& p = args.params;
+    int round = 0;
+    for (int index = blockIdx.x; index < args.items; index += args.blocks, ++round) {
+        const Item item(args, index);
+        const int32_t* const slots = slots_of(p.write, item.batch, item.kv_head);
+        const bool stores = p.write.count > 0 && item.head == item.kv_head * args.group;
+        const bool boxwise = stores && takes_boxes(args, slots, lane);
+        if (stores && !boxwise) {
+            store_rows<Tile::kHeadDim, 1>(p, item.batch, item.kv_head, item.row_tile, args.row_tiles, lane);
+        }
+        for (int step = 0; step < 2 * args.key_tiles; ++step) {
+            const auto [tile, part, spot] = Turn(args, round, step);
+            const KeyTile<Tile> keys(args, tile);
+            const int index_in_scale = keys.first_box + lane - p.read.count;
+            ring.wait_full(spot);
+            const bool mine = boxwise && lane < keys.boxes && index_in_scale >= 0 &&
+                              index_in_scale << args.page_shift < p.tokens &&
+                              index_in_scale % args.row_tiles == item.row_tile;
+            if (mine) {
+                const int page = p.pool.arena[item.batch * p.kv_heads + item.kv_head] +
+                                 (slots[index_in_scale] >> kRowsBits);
+                const SharedAddress from = ring.tile(spot) + (lane << args.page_shift) * kSwizzleBytes;
+                for (int panel = 0; panel < Tile::kPanels; ++panel) {
+                    const Box box{panel * kSwizzleElements, 0, part, page};
+                    tma_store(args.pages, box, from + panel * Tile::kKeys * kSwizzleBytes);
+                }
+                tma_store_commit();
+                tma_store_wait_read();
+            }
+            ring.release(spot, lane);
+        }
+    }
+}
+
+}  // namespace amskv::hopper

@@ -1,0 +1,116 @@
+"""The CUDA library on a GPU: its portable kernel and, on Hopper, its Hopper kernel."""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from amskv_kernels import hopper, native
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "host"))
+
+import cases
+from cases import Case
+
+pytestmark = pytest.mark.skipif(native.why_not_loaded() is not None, reason=str(native.why_not_loaded()))
+
+SMALL = [
+    Case(),
+    Case(n=1, batch=1, heads=1, kv_heads=1, history=(16,) * 60),
+    Case(n=16, heads=8, kv_heads=2, head_dim=128, page_size=64, history=(64, 64, 9), grow=7),
+    Case(n=100, head_dim=96, page_size=32, history=(32, 1), per_head=True, packed=False, dtype=torch.float16),
+    Case(n=300, head_dim=128, page_size=128, history=(128,) * 5 + (77,)),
+]
+LARGE = [  # the last steps of VAR-256, VAR-512 and Infinity-1M
+    Case(n=256, batch=16, heads=30, kv_heads=30, history=(16,) * 26 + (8,), gap=False),
+    Case(n=1024, batch=4, heads=30, kv_heads=30, page_size=64, history=(64,) * 19, stores=False),
+    Case(n=4096, batch=1, heads=16, kv_heads=16, head_dim=128, page_size=128, history=(128,) * 50 + (25,), gap=False),
+]
+
+
+def on_a_gpu(op, case: Case) -> None:
+    """The call on a stream of its own, judged; then captured, its outputs poisoned, and replayed."""
+    inputs = cases.make(case)
+    on_gpu = [x.cuda() for x in inputs.tables]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        out, lse = op(*on_gpu, inputs.scale)
+    stream.synchronize()
+    inputs.out, inputs.lse, inputs.pages = out.cpu(), lse.cpu(), on_gpu[3].cpu()
+    cases.judge(case, inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = op(*on_gpu, inputs.scale)
+    for result in (out, lse):
+        result.fill_(torch.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out.cpu(), inputs.out) and torch.equal(lse.cpu(), inputs.lse)
+
+
+def random_case(seed: int, head_dims: tuple[int, ...], **changes: object) -> Case:
+    rng = random.Random(seed)
+    page_size, kv_heads = rng.choice([16, 32, 64, 128]), rng.choice([1, 2, 3, 16])
+    stores = rng.random() < 0.8
+    case = Case(
+        n=rng.choice([1, 9, 36, 64, 65, 100, 144, 169, 256, 300, 576]),
+        batch=rng.choice([1, 2, 5]),
+        kv_heads=kv_heads,
+        heads=kv_heads * rng.choice([1, 1, 2]),
+        head_dim=rng.choice(head_dims),
+        page_size=page_size,
+        history=tuple(rng.choice([page_size, rng.randint(0, page_size)]) for _ in range(rng.randint(0, 20))),
+        grow=rng.choice([0, 0, rng.randint(1, page_size - 1)]) if stores else 0,
+        stores=stores,
+        gap=rng.random() < 0.3,
+        per_head=rng.random() < 0.5,
+        packed=rng.random() < 0.5,
+        dtype=rng.choice([torch.float16, torch.bfloat16]),
+        seed=seed,
+    )
+    return replace(case, **changes)
+
+
+@pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
+def test_portable(case):
+    on_a_gpu(torch.ops.amskv.attn_cuda, case)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_portable_random(seed):
+    on_a_gpu(torch.ops.amskv.attn_cuda, random_case(seed, (64, 96, 128)))
+
+
+@pytest.fixture
+def needs_hopper():
+    if (reason := hopper.unavailable("cuda", forced=True)) is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.usefixtures("needs_hopper")
+@pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
+def test_hopper(case):
+    """`hopper` makes the unnamed rest of every named page zero, as stores leave it."""
+    on_a_gpu(torch.ops.amskv.attn_hopper, replace(case, hopper=(128, 1)))
+
+
+@pytest.mark.usefixtures("needs_hopper")
+@pytest.mark.parametrize("seed", range(300))
+def test_hopper_random(seed):
+    on_a_gpu(torch.ops.amskv.attn_hopper, random_case(seed, (64, 128), hopper=(128, 1)))
+
+
+@pytest.mark.usefixtures("needs_hopper")
+def test_hopper_gives_the_same_bits_every_time():
+    inputs = cases.make(replace(LARGE[0], hopper=(128, 1)))
+    on_gpu = [x.cuda() for x in inputs.tables]
+    first = [x.clone() for x in torch.ops.amskv.attn_hopper(*on_gpu, inputs.scale)]
+    for _ in range(20):
+        again = torch.ops.amskv.attn_hopper(*on_gpu, inputs.scale)
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
