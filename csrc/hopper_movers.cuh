@@ -18,23 +18,34 @@ struct KeyTile {
     }
 };
 
+// Where the keys of one item lie.
+struct Source {
+    const int32_t* slots;
+    int count, arena;
+
+    __device__ __forceinline__ Source(const AttnParams& p, const SlotTable& table, const Item& item)
+        : slots(slots_of(table, item.batch, item.kv_head)),
+          count(table.count),
+          arena(p.pool.arena[item.batch * p.kv_heads + item.kv_head]) {}
+
+    __device__ __forceinline__ int slot(int index) const { return index < count ? slots[index] : 0; }
+    __device__ __forceinline__ int page(int slot) const { return arena + (slot >> kRowsBits); }
+};
+
 // One box of keys, a lane's share of a tile.
 struct KeyBox {
-    int rows;   // that are keys
+    int rows;  // that are keys
     bool paged;
-    Box box;    // of K in `pages`, else of either in k and v
+    Box box;  // of K in `pages`, else of either in k and v
 
-    __device__ __forceinline__ KeyBox(const Args& args, const Item& item, int index) {
-        const AttnParams& p = args.params;
-        const int page_size = p.pool.page_size;
-        paged = index < p.read.count;
+    __device__ __forceinline__ KeyBox(const Args& args, const Item& item, const Source& source, int index, int slot) {
+        const int page_size = args.params.pool.page_size;
+        paged = index < source.count;
         if (paged) {
-            const int slot = slots_of(p.read, item.batch, item.kv_head)[index];
-            const int page = p.pool.arena[item.batch * p.kv_heads + item.kv_head] + (slot >> kRowsBits);
             rows = slot & kRowsMask;
-            box = {0, rows == 0 ? page_size : 0, 0, page};  // an empty entry: below the page, where all is zero
+            box = {0, rows == 0 ? page_size : 0, 0, source.page(slot)};  // an empty entry: past the page, all zero
         } else {
-            const int row = (index - p.read.count) << args.page_shift, left = p.tokens - row;
+            const int row = (index - source.count) << args.page_shift, left = args.params.tokens - row;
             rows = left < 0 ? 0 : left < page_size ? left : page_size;
             box = {0, row, item.kv_head, item.batch};
         }
@@ -64,27 +75,32 @@ __device__ __forceinline__ void fetch_queries(const Args& args, const Item& item
     }
 }
 
-// Warp 0 of the movers: fetches what the consumers need, in their order, as slots become empty.
+// Warp 0 of the movers: fetches what the consumers need, in their order, as slots become empty. The entry of the slot
+// table that a step needs is read a step ahead.
 template <class Tile>
 __device__ __forceinline__ void fetch(const Args& args, const Ring<Tile>& ring, int lane) {
-    const int first_bytes = args.first_keys * Tile::kHeadDim * kElementBytes;
+    const int first_bytes = args.first_keys * Tile::kHeadDim * kElementBytes, steps = 2 * args.key_tiles;
+    const auto box_of = [&](int tile) { return KeyTile<Tile>(args, tile).first_box + lane; };
     int round = 0;
     for (int index = blockIdx.x; index < args.items; index += args.blocks, ++round) {
         const Item item(args, index);
+        const Source source(args.params, args.params.read, item);
+        int next_slot = source.slot(lane);
         mbarrier_wait(ring.query_empty(), (round & 1) ^ 1);
         if (lane == 0) fetch_queries(args, item, ring);
-        for (int step = 0; step < 2 * args.key_tiles; ++step) {
+        for (int step = 0; step < steps; ++step) {
             const auto [tile, part, spot] = Turn(args, round, step);
-            const KeyTile<Tile> keys(args, tile);
-            KeyBox key_box(args, item, keys.first_box + lane % keys.boxes);  // loads its slot while the wait goes on
+            const int boxes = KeyTile<Tile>(args, tile).boxes, slot = next_slot;
+            if (step + 1 < steps) next_slot = source.slot(box_of(Turn(args, round, step + 1).tile));
             ring.wait_empty(spot);
+            KeyBox key_box(args, item, source, box_of(tile), slot);
             if (part == 0) {
                 const Chunk named = named_keys(key_box.rows, args.page_shift, lane);
                 if (lane == 0) store_shared_16(ring.mask(spot), named);
             }
             if (lane == 0) mbarrier_expect(ring.full(spot), tile == 0 ? first_bytes : Tile::kSlotBytes);
             warp_barrier();
-            if (lane >= keys.boxes) continue;
+            if (lane >= boxes) continue;
             if (key_box.paged) key_box.box.third = part;
             const TensorMap& map = key_box.paged ? args.pages : part == 0 ? args.k : args.v;
             const SharedAddress to = ring.tile(spot) + (lane << args.page_shift) * kSwizzleBytes;
@@ -97,13 +113,13 @@ __device__ __forceinline__ void fetch(const Args& args, const Ring<Tile>& ring, 
 }
 
 // Whether the write table takes the current scale box by box: full pages in order, then the rest.
-__device__ __forceinline__ bool takes_boxes(const Args& args, const int32_t* slots, int lane) {
+__device__ __forceinline__ bool takes_boxes(const Args& args, const Source& pages, int lane) {
     const AttnParams& p = args.params;
     bool fits = (p.tokens + p.pool.page_size - 1) >> args.page_shift <= p.write.count;
     for (int i = lane; i < p.write.count; i += kWarpLanes) {
         const int left = p.tokens - (i << args.page_shift);
         const int rows = left < 0 ? 0 : left < p.pool.page_size ? left : p.pool.page_size;
-        fits = fits && (slots[i] & kRowsMask) == rows;
+        fits = fits && (pages.slot(i) & kRowsMask) == rows;
     }
     return ballot(fits) == ~0u;
 }
@@ -116,9 +132,9 @@ __device__ __forceinline__ void keep(const Args& args, const Ring<Tile>& ring, i
     int round = 0;
     for (int index = blockIdx.x; index < args.items; index += args.blocks, ++round) {
         const Item item(args, index);
-        const int32_t* const slots = slots_of(p.write, item.batch, item.kv_head);
+        const Source pages(p, p.write, item);
         const bool stores = p.write.count > 0 && item.head == item.kv_head * args.group;
-        const bool boxwise = stores && takes_boxes(args, slots, lane);
+        const bool boxwise = stores && takes_boxes(args, pages, lane);
         if (stores && !boxwise) {
             store_rows<Tile::kHeadDim, 1>(p, item.batch, item.kv_head, item.row_tile, args.row_tiles, lane);
         }
@@ -131,8 +147,7 @@ __device__ __forceinline__ void keep(const Args& args, const Ring<Tile>& ring, i
                               index_in_scale << args.page_shift < p.tokens &&
                               index_in_scale % args.row_tiles == item.row_tile;
             if (mine) {
-                const int page = p.pool.arena[item.batch * p.kv_heads + item.kv_head] +
-                                 (slots[index_in_scale] >> kRowsBits);
+                const int page = pages.page(pages.slot(index_in_scale));
                 const SharedAddress from = ring.tile(spot) + (lane << args.page_shift) * kSwizzleBytes;
                 for (int panel = 0; panel < Tile::kPanels; ++panel) {
                     const Box box{panel * kSwizzleElements, 0, part, page};
