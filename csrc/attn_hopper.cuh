@@ -170,7 +170,7 @@ struct Registers {
             float sum = row_sum[half];
             sum += shuffle_xor(sum, 1);
             sum += shuffle_xor(sum, 2);
-            const float inverse = sum == 0 ? 0 : 1 / sum;
+            const float inverse = sum == 0 ? 0 : reciprocal(sum);
             row_max[half] = sum == 0 ? -INFINITY : (row_max[half] * scale_log2 + log2f(sum)) * kLn2;
 #pragma unroll
             for (int i = 0; i < Tile::kHeadDim / 4; ++i) out[i / 2 * 4 + 2 * half + i % 2] *= inverse;

@@ -28,7 +28,6 @@ struct Source {
           count(table.count),
           arena(p.pool.arena[item.batch * p.kv_heads + item.kv_head]) {}
 
-    __device__ __forceinline__ int slot(int index) const { return index < count ? slots[index] : 0; }
     __device__ __forceinline__ int page(int slot) const { return arena + (slot >> kRowsBits); }
 };
 
@@ -38,10 +37,11 @@ struct KeyBox {
     bool paged;
     Box box;  // of K in `pages`, else of either in k and v
 
-    __device__ __forceinline__ KeyBox(const Args& args, const Item& item, const Source& source, int index, int slot) {
+    __device__ __forceinline__ KeyBox(const Args& args, const Item& item, const Source& source, int index) {
         const int page_size = args.params.pool.page_size;
         paged = index < source.count;
         if (paged) {
+            const int slot = source.slots[index];
             rows = slot & kRowsMask;
             box = {0, rows == 0 ? page_size : 0, 0, source.page(slot)};  // an empty entry: past the page, all zero
         } else {
@@ -75,32 +75,28 @@ __device__ __forceinline__ void fetch_queries(const Args& args, const Item& item
     }
 }
 
-// Warp 0 of the movers: fetches what the consumers need, in their order, as slots become empty. The entry of the slot
-// table that a step needs is read a step ahead.
+// Warp 0 of the movers: fetches what the consumers need, in their order, as slots become empty.
 template <class Tile>
 __device__ __forceinline__ void fetch(const Args& args, const Ring<Tile>& ring, int lane) {
-    const int first_bytes = args.first_keys * Tile::kHeadDim * kElementBytes, steps = 2 * args.key_tiles;
-    const auto box_of = [&](int tile) { return KeyTile<Tile>(args, tile).first_box + lane; };
+    const int first_bytes = args.first_keys * Tile::kHeadDim * kElementBytes;
     int round = 0;
     for (int index = blockIdx.x; index < args.items; index += args.blocks, ++round) {
         const Item item(args, index);
         const Source source(args.params, args.params.read, item);
-        int next_slot = source.slot(lane);
         mbarrier_wait(ring.query_empty(), (round & 1) ^ 1);
         if (lane == 0) fetch_queries(args, item, ring);
-        for (int step = 0; step < steps; ++step) {
+        for (int step = 0; step < 2 * args.key_tiles; ++step) {
             const auto [tile, part, spot] = Turn(args, round, step);
-            const int boxes = KeyTile<Tile>(args, tile).boxes, slot = next_slot;
-            if (step + 1 < steps) next_slot = source.slot(box_of(Turn(args, round, step + 1).tile));
+            const KeyTile<Tile> keys(args, tile);
+            KeyBox key_box(args, item, source, keys.first_box + lane);
             ring.wait_empty(spot);
-            KeyBox key_box(args, item, source, box_of(tile), slot);
             if (part == 0) {
                 const Chunk named = named_keys(key_box.rows, args.page_shift, lane);
                 if (lane == 0) store_shared_16(ring.mask(spot), named);
             }
             if (lane == 0) mbarrier_expect(ring.full(spot), tile == 0 ? first_bytes : Tile::kSlotBytes);
             warp_barrier();
-            if (lane >= boxes) continue;
+            if (lane >= keys.boxes) continue;
             if (key_box.paged) key_box.box.third = part;
             const TensorMap& map = key_box.paged ? args.pages : part == 0 ? args.k : args.v;
             const SharedAddress to = ring.tile(spot) + (lane << args.page_shift) * kSwizzleBytes;
@@ -119,7 +115,7 @@ __device__ __forceinline__ bool takes_boxes(const Args& args, const Source& page
     for (int i = lane; i < p.write.count; i += kWarpLanes) {
         const int left = p.tokens - (i << args.page_shift);
         const int rows = left < 0 ? 0 : left < p.pool.page_size ? left : p.pool.page_size;
-        fits = fits && (pages.slot(i) & kRowsMask) == rows;
+        fits = fits && (pages.slots[i] & kRowsMask) == rows;
     }
     return ballot(fits) == ~0u;
 }
@@ -147,7 +143,7 @@ __device__ __forceinline__ void keep(const Args& args, const Ring<Tile>& ring, i
                               index_in_scale << args.page_shift < p.tokens &&
                               index_in_scale % args.row_tiles == item.row_tile;
             if (mine) {
-                const int page = pages.page(pages.slot(index_in_scale));
+                const int page = pages.page(pages.slots[index_in_scale]);
                 const SharedAddress from = ring.tile(spot) + (lane << args.page_shift) * kSwizzleBytes;
                 for (int panel = 0; panel < Tile::kPanels; ++panel) {
                     const Box box{panel * kSwizzleElements, 0, part, page};

@@ -204,6 +204,6 @@ built = pytest.mark.skipif(native.why_not_loaded() is not None, reason=str(nativ
 @built
 def test_build_has_no_spills_and_few_kernels():
     kernels = native.build_info()["kernels"]
-    assert [k for k in kernels if k["spill"]] == []
+    assert [k for k in kernels if k["spill"] or k["serialised"]] == []
     for architecture in {k["architecture"] for k in kernels}:
         assert 0 < sum(k["architecture"] == architecture for k in kernels) <= 16

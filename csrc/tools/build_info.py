@@ -11,15 +11,21 @@ from pathlib import Path
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+a?)'")
 FRAME = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+SERIALISED = re.compile(r"wgmma.mma_async instructions are serialized .* function '(\w+)'")
 NAME = re.compile(r"(hopper::)?(\w+)_kernel(?:<amskv::\w*Tile<(?:amskv::)?(\w+), (\d+)(?:, (\d+))?>\s*>)?")
 
 
 def kernels(log: str) -> list[dict[str, object]]:
-    """One entry per kernel and architecture; `shared` counts static bytes, the rest is asked for at the launch."""
+    """One entry per kernel and architecture; `shared` counts static bytes, the rest is asked for at the launch.
+
+    `serialised` tells whether ptxas found no way to keep products under way.
+    """
     found: list[dict[str, object]] = []
+    serialised = set(SERIALISED.findall(log))
     for line in log.splitlines():
         if match := ENTRY.search(line):
             found.append({"name": readable(match[1]), "architecture": _dotted(match[2])})
+            found[-1]["serialised"] = match[1] in serialised
         elif match := FRAME.search(line):
             found[-1]["spill"] = int(match[1]) + int(match[2])
         elif match := USED.search(line):

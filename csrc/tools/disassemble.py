@@ -70,8 +70,10 @@ def count(code: list[Instruction], mnemonic: str) -> int:
 
 
 def main_loop(code: list[Instruction]) -> list[Instruction]:
-    """The shortest loop around the wait that leaves one group of products under way."""
-    wait = next(i.address for i in code if "DEPBAR.LE gsb0, 0x1" in i.text)
+    """The shortest loop around the wait that leaves one group of products under way; empty if there is none."""
+    wait = next((i.address for i in code if "DEPBAR.LE gsb0, 0x1" in i.text), None)
+    if wait is None:
+        return []
     loops = []
     for instruction in code:
         match = re.match(r"BRA (0x[0-9a-f]+)", instruction.text)
@@ -85,7 +87,7 @@ def hopper_facts(code: list[Instruction], tile: dict[str, int]) -> dict[str, obj
     """What one thread of a consumer does for one tile of keys, and what the roles take."""
     loop = main_loop(code)
     waits = [k for k, i in enumerate(loop) if i.starts("WARPGROUP.DEPBAR")]
-    between = loop[waits[0] : waits[-1]]
+    between = loop[waits[0] : waits[-1]] if waits else []
     registers = [int(i.text.split()[-1 if "DEALLOC" in i.text else 2].rstrip(","), 16) for i in code
                  if i.starts("USETMAXREG")]  # fmt: skip
     return {
@@ -123,6 +125,7 @@ def examine(symbol: str, architecture: str, code: list[Instruction], info: dict)
     row |= {f"{mnemonic} ({what})": count(code, mnemonic) for mnemonic, what in WATCHED.items() if what != "spill"}
     wrong = [f"{m} {count(code, m)} times" for m in ("LDL", "STL") if count(code, m)]
     wrong += [f"{built['spill']} bytes spilled"] if built["spill"] else []
+    wrong += ["its products are serialised"] if built["serialised"] else []
     hopper = name.endswith("Hopper>")
     if name.startswith("attn<"):
         for mnemonic, wanted in (HOPPER if hopper else PORTABLE).items():

@@ -194,6 +194,7 @@ uint32_t pack(float low, float high) {
 }
 
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1 / x; }
 
 inline void store_shared_4(SharedAddress to, uint32_t value, Where where = Where::current()) {
     struct Slot {
