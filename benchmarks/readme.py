@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 DEMO = ROOT / "examples" / "digits" / "results" / "demo.json"
 EVALUATION = ROOT / "examples" / "digits" / "results" / "evaluation.json"
+NATIVE_REPORT = ROOT / "benchmarks" / "reports" / "native-report.json"
 SHOOTOUT = ROOT / "examples" / "digits" / "results" / "shootout.json"
 HEADLINE = (("var-d30", "full"), ("var-d30", "ams-kv:75"), ("var-d30", "ams-kv:84.83"), ("var-d36", "ams-kv:75"),
             ("infinity-2b", "ams-kv:75"), ("infinity-8b", "ams-kv:75"))  # fmt: skip
@@ -105,6 +106,25 @@ def _roofs(result: Result) -> str:
     )
 
 
+def _last_calls(result: Result) -> str:
+    wanted = (*STEPS, ("var-d36", "full"), ("var-d36", "ams-kv:75"), ("infinity-2b", "ams-kv:75"))
+    found = [r for r in rows(result, "roof") if r["images"] == 64 and (r["model"], r["policy"]) in wanted]
+    return (
+        f"**Prediction, nothing measured**: one layer's call of the last step, 64 images with guidance, bf16, on one "
+        f"{found[0]['gpu'].upper()}, {found[0]['ceilings']}.\n\n{tables.last_calls(found, 'github')}\n\n"
+        f"`benchmarks/results/{result['file']}`"
+    )
+
+
+def _hopper_kernels() -> str:
+    report = json.loads(NATIVE_REPORT.read_text(encoding="utf-8"))
+    special = [row for row in report["rows"] if "waits per tile" in row]
+    return (
+        f"{tables.facts(special, 'kernel', 'github')}\n\nCounted in the compiled library, CUDA {report['cuda']} "
+        f"(`benchmarks/reports/{NATIVE_REPORT.name}`)."
+    )
+
+
 def _pictures() -> str:
     lines = [f"![{Path(name).stem.replace('-', ' ')}](images/{name})" for name in plots.wanted(committed())]
     return "\n\n".join(lines) if lines else NONE_YET
@@ -159,6 +179,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "gpu-module": lambda: _newest("module", "cuda", _captioned(tables.modules)),
     "gpu-images": lambda: _newest("image", "cuda", _captioned(tables.images)),
     "gpu-capacity": lambda: _newest("capacity", "cuda", _captioned(tables.capacity)),
+    "last-calls": lambda: _newest("roof", None, _last_calls),
+    "hopper-kernels": _hopper_kernels,
     "roofs": lambda: _newest("roof", None, _roofs),
     "pictures": _pictures,
     "not-measured": lambda: "\n\n".join(f"`{r['file']}`\n\n{tables.missing(r)}" for r in committed() if r["missing"]),

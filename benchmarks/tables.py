@@ -194,6 +194,28 @@ def roof_steps(row: Row, style: str) -> str:
     return table(lines, ("step", "queries", "keys", "layers", "MB", "GFLOP", "bound", "at least"), style, 0)
 
 
+def last_calls(found: Sequence[Row], style: str) -> str:
+    """Of every row, the two numbers of its last step in most layers, and which of them bounds it."""
+    lines = []
+    for row in found:
+        last = [step for step in row["steps"] if step["step"] == row["steps"][-1]["step"]]
+        step = max(last, key=lambda step: step["layers"])
+        lines.append(
+            (row["model"], row["policy"], row["head_dim"], step["n"], step["n"] + step["history"],
+             f"{step['bytes'] / 2**20:,.0f} MiB", f"{step['flops'] / 1e9:,.0f}",
+             f"{step['flops'] / step['bytes']:,.0f}", step["bound"], duration(step["roof_us"]))
+        )  # fmt: skip
+    headers = ("model", "policy", "head size", "queries", "keys", "bytes", "GFLOP", "FLOP / byte", "bound", "at least")
+    return table(lines, headers, style, 2)
+
+
+def facts(found: Sequence[Row], column: str, style: str) -> str:
+    """One column per row of `found`, one line per fact."""
+    names = [name for name in found[0] if name != column]
+    lines = [(name, *(row[name] for row in found)) for name in names]
+    return table(lines, ("", *(row[column] for row in found)), style, 1)
+
+
 def roofs(found: Sequence[Row], style: str) -> str:
     """Predicted least attention times of whole generations."""
     lines = [

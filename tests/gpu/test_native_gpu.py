@@ -77,8 +77,13 @@ def random_case(seed: int, head_dims: tuple[int, ...], **changes: object) -> Cas
     return replace(case, **changes)
 
 
-@pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=str)
 def test_portable(case):
+    on_a_gpu(torch.ops.amskv.attn_cuda, case)
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_portable_large(case):
     on_a_gpu(torch.ops.amskv.attn_cuda, case)
 
 
@@ -94,9 +99,15 @@ def needs_hopper():
 
 
 @pytest.mark.usefixtures("needs_hopper")
-@pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
+@pytest.mark.parametrize("case", [*SMALL, Case(n=100), Case(n=169, head_dim=128, gap=False)], ids=str)
 def test_hopper(case):
     """`hopper` makes the unnamed rest of every named page zero, as stores leave it."""
+    on_a_gpu(torch.ops.amskv.attn_hopper, replace(case, hopper=(128, 1)))
+
+
+@pytest.mark.usefixtures("needs_hopper")
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_hopper_large(case):
     on_a_gpu(torch.ops.amskv.attn_hopper, replace(case, hopper=(128, 1)))
 
 
@@ -107,7 +118,7 @@ def test_hopper_random(seed):
 
 
 @pytest.mark.usefixtures("needs_hopper")
-def test_hopper_gives_the_same_bits_every_time():
+def test_hopper_large_gives_the_same_bits_every_time():
     inputs = cases.make(replace(LARGE[0], hopper=(128, 1)))
     on_gpu = [x.cuda() for x in inputs.tables]
     first = [x.clone() for x in torch.ops.amskv.attn_hopper(*on_gpu, inputs.scale)]
