@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from amskv_kernels import ops  # noqa: F401 - registers torch.ops.amskv
-from amskv_kernels.checks import refuse_gradients
-from amskv_kernels.layout import HEAD_DIMS
+from amskv_kernels.arguments import instance_of
+from amskv_kernels.checks import check_pool, refuse_gradients
 from amskv_kernels.plan import CachePlan, Slots
 from amskv_kernels.selection import TokenSelector
 
@@ -30,7 +30,8 @@ class PagedKVCache:
         device: where the pool lives.
 
     Raises:
-        ValueError: a size out of range.
+        TypeError: a plan, dtype or device of another type.
+        ValueError: a size out of range, or an unknown device.
     """
 
     def __init__(
@@ -43,11 +44,8 @@ class PagedKVCache:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
     ) -> None:
-        for name, value in (("batch", batch), ("kv_heads", kv_heads)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        if head_dim not in HEAD_DIMS:
-            raise ValueError(f"head_dim is {head_dim}; it must be one of {HEAD_DIMS}")
+        instance_of("plan", plan, CachePlan)
+        check_pool(batch, kv_heads, head_dim, dtype, device)
         if plan.heads not in (1, kv_heads):
             raise ValueError(f"kv_heads is {kv_heads}; this plan was made for {plan.heads} KV heads")
         self.plan = plan

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from amskv_kernels.arguments import one_of, whole_number
 from amskv_kernels.layout import HEAD_DIMS, PAGE_SIZES, ROWS_BITS, ROWS_MASK
 
 SCORE_MODES = ("softmax", "sum_logits")
@@ -30,6 +31,30 @@ def check_append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots
     """Raise TypeError (dtype) or ValueError (anything else) for arguments that `append` cannot take."""
     _check_current(k, v, pages, arena)
     _check_slots("write_slots", write_slots, k)
+
+
+def check_pool(
+    batch: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+) -> None:  # fmt: skip
+    """Check what a pool is to be made of, before anything is allocated.
+
+    Raises:
+        TypeError: a dtype that pages cannot have, or a device that is neither a torch.device nor a string.
+        ValueError: a size out of range, or a device that torch does not know or does not see.
+    """
+    whole_number("batch", batch, 1)
+    whole_number("kv_heads", kv_heads, 1)
+    one_of("head_dim", head_dim, HEAD_DIMS)
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
+        raise TypeError(f"dtype is {dtype!r}; it must be one of {', '.join(str(d) for d in DTYPES)}")
+    if not isinstance(device, (torch.device, str)):
+        raise TypeError(f"device is {device!r}; it must be a torch.device or a string such as 'cuda:0'")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}; it must be one that torch knows, such as 'cpu' or 'cuda:0'") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {found}; it must be one of the {torch.cuda.device_count()} that torch sees")
 
 
 def refuse_gradients(*tensors: Tensor) -> None:

@@ -167,16 +167,10 @@ def _load(arguments: argparse.Namespace) -> tuple[VAR, Callable[[Any], None], st
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from amskv_kernels.doctor import diagnose
+    from amskv_kernels.doctor import diagnose, render
 
     facts = diagnose()
-    if arguments.json:
-        print(json.dumps(facts, indent=2))
-        return 0
-    for section, entries in facts.items():
-        print(section)
-        for name, value in entries.items():
-            print(f"  {name:<14} {value}")
+    print(json.dumps(facts, indent=2) if arguments.json else render(facts))
     return 0
 
 

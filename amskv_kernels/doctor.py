@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import platform
+import textwrap
 from importlib import metadata
 
 import torch
 
 from amskv_kernels import ops
 from amskv_kernels.version import __version__
+
+WIDTH = 100  # columns of the printed report
 
 
 def diagnose() -> dict[str, dict[str, str]]:
@@ -38,6 +41,20 @@ def diagnose() -> dict[str, dict[str, str]]:
         "devices": devices,
         "backends": backends,
     }
+
+
+def render(facts: dict[str, dict[str, str]]) -> str:
+    """What `diagnose` found, for people: a column of names, and what belongs to each wrapped beside it."""
+    column = max(len(name) for entries in facts.values() for name in entries)
+    lines = []
+    for section, entries in facts.items():
+        lines.append(section)
+        for name, value in entries.items():
+            start = f"  {name:<{column}}  "
+            lines += textwrap.wrap(
+                value, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False
+            )
+    return "\n".join(lines)
 
 
 def _version(package: str) -> str:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from amskv_kernels import ops  # noqa: F401 - registers torch.ops.amskv
+from amskv_kernels.arguments import check_index, instance_of, one_of, whole_number
 from amskv_kernels.calibrate import key_similarity
-from amskv_kernels.checks import refuse_gradients
+from amskv_kernels.checks import check_pool, refuse_gradients
+from amskv_kernels.layout import PAGE_SIZES
 from amskv_kernels.plan import Pages, Slots, page_slots
 from amskv_kernels.policies import AMSKVCapacity
 from amskv_kernels.schedule import ScaleSchedule
@@ -41,9 +43,13 @@ class OnlineKVCache:
         batch: sequences B; conditional and unconditional ones share each decision.
         kv_heads: Hkv.
         head_dim: D, 64, 96 or 128.
-        dtype: of the pages.
+        dtype: of the pages: fp16, bf16 or fp32.
         device: where the pool lives.
-        page_size: rows of a page.
+        page_size: rows of a page: 16, 32, 64 or 128.
+
+    Raises:
+        TypeError: a schedule, policy, theta, dtype or device of another type.
+        ValueError: a size or theta out of range, an unknown device, or a policy made for another number of layers.
     """
 
     def __init__(
@@ -60,7 +66,15 @@ class OnlineKVCache:
         device: torch.device | str = "cpu",
         page_size: int = 16,
     ) -> None:
-        policy.check_layers(num_layers)
+        instance_of("schedule", schedule, ScaleSchedule)
+        instance_of("policy", policy, AMSKVCapacity)
+        policy.check_layers(whole_number("num_layers", num_layers, 1))
+        if not isinstance(theta, (int, float)) or isinstance(theta, bool):
+            raise TypeError(f"theta is {theta!r}; it must be a number")
+        if math.isnan(theta):
+            raise ValueError("theta is nan; it must be a similarity to compare with")
+        one_of("page_size", page_size, PAGE_SIZES)
+        check_pool(batch, kv_heads, head_dim, dtype, device)
         self.schedule, self.policy, self.theta, self.page_size = schedule, policy, theta, page_size
         self.num_layers, self.batch, self.kv_heads = num_layers, batch, kv_heads
         with torch.inference_mode(False):  # usable inside inference mode and outside
@@ -88,7 +102,12 @@ class OnlineKVCache:
         return self._pool.numel() * self._pool.element_size()
 
     def visible(self, layer: int) -> tuple[int, ...]:
-        """The scales that `layer` holds now."""
+        """The scales that `layer` holds now.
+
+        Raises:
+            IndexError: a layer out of range.
+        """
+        check_index("layer", layer, self.num_layers)
         return tuple(sorted(self._layers[layer].held))
 
     def attend(

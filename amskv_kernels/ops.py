@@ -103,7 +103,9 @@ def choose(op: str, device_type: str) -> Choice:
             continue
         missing = _missing(module, op, device_type, forced == name)
         if missing is None:
-            return Choice(name, "forced" if forced == name else "; ".join([*passed_over, "the first that serves it"]))
+            if forced == name:
+                return Choice(name, "forced")
+            return Choice(name, f"instead of {'; '.join(passed_over)}" if passed_over else "preferred")
         passed_over.append(f"{name}: {missing}")
     raise RuntimeError(f"backend {forced!r} cannot serve {op} on {device_type}: {'; '.join(passed_over)}")
 
@@ -167,7 +169,8 @@ def attn(
         q: (B, n, H, D) fp16, bf16 or fp32; any strides whose last is 1. D is 64, 96 or 128.
         k: (B, n, Hkv, D), as q.
         v: as k.
-        pages: (num_pages, 2, page_size, D), q's dtype, contiguous; page_size is 16, 32, 64 or 128.
+        pages: (num_pages, 2, page_size, D), q's dtype, contiguous; page_size is 16, 32, 64 or 128. Of a page named in
+            part, the other rows must be finite: they are fetched and weighed 0. Stores leave zeros there.
         arena: (B, Hkv) int32.
         read_slots: (B|1, Hkv|1, S) int32; size-1 dimensions broadcast, S may be 0.
         write_slots: as read_slots, with its own S.

@@ -17,11 +17,12 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
+from amskv_kernels.arguments import check_index, instance_of, one_of, whole_number
 from amskv_kernels.layout import PAGE_SIZES, ROWS_BITS, ROWS_MASK
 from amskv_kernels.policies.base import HeadPolicy, Policy, Selection, TokenPolicy
 from amskv_kernels.schedule import ScaleSchedule
@@ -135,14 +136,18 @@ class CachePlan:
             kv_heads: Hkv; needed where the policy treats heads differently.
 
         Raises:
-            ValueError: a page size or layer count out of range, a policy that names a layer the model does
+            TypeError: the schedule or the policy is something else.
+            ValueError: a page size, layer or head count out of range, a policy that names a layer the model does
                 not have, reads a scale not yet drawn, or brings a dropped scale back, or whose budget is too small
                 for what it always keeps.
         """
-        if not isinstance(num_layers, int) or num_layers < 1:
-            raise ValueError(f"num_layers is {num_layers!r}; it must be a whole number ≥ 1")
-        if page_size is not None and page_size not in PAGE_SIZES:
-            raise ValueError(f"page_size is {page_size!r}; it must be one of {PAGE_SIZES}")
+        instance_of("schedule", schedule, ScaleSchedule)
+        instance_of("policy", policy, Policy)
+        whole_number("num_layers", num_layers, 1)
+        if page_size is not None:
+            one_of("page_size", page_size, PAGE_SIZES)
+        if kv_heads is not None:
+            whole_number("kv_heads", kv_heads, 1)
         policy.check_layers(num_layers)
         if isinstance(policy, TokenPolicy):
             return plan_tokens(schedule, policy, num_layers, page_size)
@@ -151,23 +156,49 @@ class CachePlan:
         chosen = _choose_page_size(schedule, last_read, heads) if page_size is None else page_size
         return _scan(schedule, last_read, chosen, heads)
 
+    def __repr__(self) -> str:
+        heads = "" if self.heads == 1 else f" of {self.heads} heads"
+        return (
+            f"CachePlan({self.schedule.name}: {len(self.schedule)} steps, {self.num_layers} layers{heads}, "
+            f"{self.pages} pages of {self.page_size} rows, {self.retained_tokens} tokens retained, "
+            f"{self.peak_tokens} at peak)"
+        )
+
     def read_slots(self, step: int, layer: int) -> Slots:
-        """(S,) slots of the history that `layer` reads at `step`; (heads, S) where heads differ, padded with 0."""
+        """(S,) slots of the history that `layer` reads at `step`; (heads, S) where heads differ, padded with 0.
+
+        Raises:
+            IndexError: a step or layer out of range.
+        """
+        self._check_call(step, layer)
         return self._read[step][layer]
 
     def write_slots(self, step: int, layer: int) -> Slots:
         """(S,) slots that take the current scale; empty when nothing will read it; (heads, S) where heads differ.
 
         Where their rows sum to more than the scale's tokens, the first page already holds the difference.
+
+        Raises:
+            IndexError: a step or layer out of range.
         """
+        self._check_call(step, layer)
         return self._write[step][layer]
 
     def read_rows(self, step: int, layer: int) -> int:
-        """Tokens that `layer` reads from pages at `step`; where heads differ, all of them together."""
-        return int((self._read[step][layer] & ROWS_MASK).sum())
+        """Tokens that `layer` reads from pages at `step`; where heads differ, all of them together.
+
+        Raises:
+            IndexError: a step or layer out of range.
+        """
+        return int((self.read_slots(step, layer) & ROWS_MASK).sum())
 
     def compaction(self, step: int, layer: int) -> Compaction | None:
-        """What a token policy does after `layer` has attended at `step`; None where it keeps all or none."""
+        """What a token policy does after `layer` has attended at `step`; None where it keeps all or none.
+
+        Raises:
+            IndexError: a step or layer out of range.
+        """
+        self._check_call(step, layer)
         return self._compactions.get((step, layer))
 
     def visible(self, layer: int, step: int, head: int = 0) -> tuple[int, ...]:
@@ -175,7 +206,10 @@ class CachePlan:
 
         Raises:
             ValueError: the plan is of a token policy, which holds no whole scales.
+            IndexError: a layer, step or head out of range.
         """
+        self._check_call(step, layer)
+        check_index("head", head, self.heads)
         if self.selection is not None:
             raise ValueError("this plan is of a token policy; which tokens a layer holds is decided on the device")
         return tuple(int(s) for s in np.flatnonzero(self._last_read[layer * self.heads + head, :step] >= step))
@@ -185,11 +219,17 @@ class CachePlan:
 
         Raises:
             ValueError: the layer, where heads differ its `head`, does not hold that scale at that step.
+            IndexError: a layer, step, scale or head out of range.
         """
+        check_index("scale", scale, len(self.schedule))
         if scale not in self.visible(layer, step, head):
             where = f"layer {layer}" if self.heads == 1 else f"head {head} of layer {layer}"
             raise ValueError(f"{where} does not hold scale {scale} at step {step}")
         return self._extents[layer * self.heads + head, scale]
+
+    def _check_call(self, step: SupportsIndex, layer: SupportsIndex) -> None:
+        check_index("step", step, len(self.schedule))
+        check_index("layer", layer, self.num_layers)
 
     @cached_property
     def retained_tokens(self) -> int:
@@ -248,8 +288,8 @@ def _heads(policy: Policy, schedule: ScaleSchedule, num_layers: int, kv_heads: i
     """How many heads of a layer are planned on their own."""
     if not isinstance(policy, HeadPolicy):
         return 1
-    if kv_heads is None or kv_heads < 1:
-        raise ValueError(f"kv_heads is {kv_heads!r}; {type(policy).__name__} treats heads differently and must know it")
+    if kv_heads is None:
+        raise ValueError(f"kv_heads is None; {type(policy).__name__} treats heads differently and must know it")
     policy.check_heads(schedule, num_layers, kv_heads)
     return kv_heads
 

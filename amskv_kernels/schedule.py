@@ -8,12 +8,22 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from itertools import accumulate
+from typing import Any
+
+_SIZE = "two positive integers (h, w)"
 
 
 @cache
 def _published() -> dict[str, tuple[tuple[int, int], ...]]:
     text = resources.files("amskv_kernels").joinpath("data/schedules.json").read_text(encoding="utf-8")
     return {name: tuple((h, w) for h, w in sizes) for name, sizes in json.loads(text)["schedules"].items()}
+
+
+def _members(name: str, value: Iterable[Any], expected: str) -> tuple[Any, ...]:
+    try:
+        return tuple(value)
+    except TypeError as error:
+        raise TypeError(f"{name} is {value!r}; it must be {expected}") from error
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,7 @@ class ScaleSchedule:
     Maps need not be square. Equality and hashing look at the sizes only.
 
     Raises:
+        TypeError: no sequence of sizes, or a size that is no sequence, such as a bare side.
         ValueError: no scale at all, or a size that is not two positive integers.
     """
 
@@ -31,10 +42,10 @@ class ScaleSchedule:
 
     def __init__(self, sizes: Iterable[Iterable[int]], name: str = "custom") -> None:
         checked = []
-        for i, size in enumerate(sizes):
-            pair = tuple(size)
+        for i, size in enumerate(_members("sizes", sizes, "a sequence of (h, w), one per scale")):
+            pair = _members(f"sizes[{i}]", size, _SIZE)
             if len(pair) != 2 or any(not isinstance(x, int) or isinstance(x, bool) or x < 1 for x in pair):
-                raise ValueError(f"sizes[{i}] is {pair!r}; it must be two positive integers (h, w)")
+                raise ValueError(f"sizes[{i}] is {pair!r}; it must be {_SIZE}")
             checked.append(pair)
         if not checked:
             raise ValueError("sizes is empty; a schedule has at least one scale")

@@ -6,9 +6,9 @@ from amskv_kernels import AMSKV, CachePlan, Full, PagedKVCache, ScaleSchedule, S
 SCHEDULE = ScaleSchedule([(1, 1), (2, 2), (3, 2), (3, 5), (6, 6)])
 
 
-def cache_for(policy=None, *, layers=3, batch=2, kv_heads=2, head_dim=64, dtype=torch.float32, page_size=None):
+def cache_for(policy=None, *, layers=3, page_size=None, **arguments):
     plan = CachePlan.build(SCHEDULE, policy or Full(), layers, page_size)
-    return PagedKVCache(plan, batch=batch, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
+    return PagedKVCache(plan, **{"batch": 2, "kv_heads": 2, "head_dim": 64, "dtype": torch.float32, **arguments})
 
 
 def qkv(n, batch=2, heads=2, kv_heads=2, head_dim=64):
@@ -94,15 +94,40 @@ def test_gradients_are_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch": 0}, "batch is 0; it must be at least 1"),
-        ({"kv_heads": 0}, "kv_heads is 0"),
+        ({"batch": 0}, "batch is 0; it must be a whole number ≥ 1"),
+        ({"batch": 2.5}, "batch is 2.5; it must be a whole number ≥ 1"),
+        ({"batch": True}, "batch is True; it must be a whole number ≥ 1"),
+        ({"kv_heads": 0}, "kv_heads is 0; it must be a whole number ≥ 1"),
+        ({"kv_heads": "2"}, "kv_heads is '2'; it must be a whole number ≥ 1"),
         ({"head_dim": 80}, r"head_dim is 80; it must be one of \(64, 96, 128\)"),
+        ({"head_dim": 64.0}, r"head_dim is 64.0; it must be one of \(64, 96, 128\)"),
         ({"batch": 2**40}, "page numbers are 32-bit"),
+        ({"device": "gpu"}, "device is 'gpu'; it must be one that torch knows, such as 'cpu' or 'cuda:0'"),
+        ({"device": "cuda:99"}, r"device is cuda:99; it must be one of the \d+ that torch sees"),
     ],
 )
-def test_bad_sizes_are_refused(arguments, message):
+def test_bad_sizes_and_devices_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         cache_for(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": torch.int8}, "dtype is torch.int8; it must be one of torch.float16, torch.bfloat16, torch.float32"),
+        ({"dtype": torch.float64}, "dtype is torch.float64; it must be one of torch.float16"),
+        ({"dtype": "bf16"}, "dtype is 'bf16'; it must be one of torch.float16"),
+        ({"device": 0}, "device is 0; it must be a torch.device or a string such as 'cuda:0'"),
+    ],
+)
+def test_bad_types_are_refused(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        cache_for(**arguments)
+
+
+def test_a_plan_must_be_a_plan():
+    with pytest.raises(TypeError, match=r"plan is Full\(\); it must be a CachePlan"):
+        PagedKVCache(Full(), batch=2, kv_heads=2, head_dim=64)
 
 
 def test_a_refused_call_leaves_the_cache_as_it_was():

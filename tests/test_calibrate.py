@@ -169,6 +169,33 @@ def test_online_misuse_is_named():
         cache.attend(1, q[:, :1], k[:, :1], v[:, :1])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"schedule": [(1, 1)]}, TypeError, r"schedule is \[\(1, 1\)\]; it must be a ScaleSchedule"),
+        ({"policy": AMSKV()}, TypeError, r"policy is AMSKV\(.*; it must be an AMSKVCapacity"),
+        ({"num_layers": 0}, ValueError, "num_layers is 0; it must be a whole number ≥ 1"),
+        ({"theta": "low"}, TypeError, "theta is 'low'; it must be a number"),
+        ({"theta": float("nan")}, ValueError, "theta is nan; it must be a similarity"),
+        ({"batch": 2.5}, ValueError, "batch is 2.5; it must be a whole number ≥ 1"),
+        ({"kv_heads": True}, ValueError, "kv_heads is True; it must be a whole number ≥ 1"),
+        ({"head_dim": 80}, ValueError, "head_dim is 80; it must be one of"),
+        ({"dtype": torch.int8}, TypeError, "dtype is torch.int8; it must be one of"),
+        ({"device": "gpu"}, ValueError, "device is 'gpu'; it must be one that torch knows"),
+        ({"page_size": 17}, ValueError, r"page_size is 17; it must be one of \(16, 32, 64, 128\)"),
+    ],
+)
+def test_bad_settings_of_the_online_mode_are_named(arguments, kind, message):
+    good = {"schedule": SCHEDULE, "num_layers": LAYERS, "policy": CAPACITY, "theta": 0.0}
+    with pytest.raises(kind, match=message):
+        OnlineKVCache(**good | {"batch": 2, "kv_heads": 2, "head_dim": 64} | arguments)
+
+
+def test_online_layers_count_from_the_first():
+    with pytest.raises(IndexError, match=f"layer is -1; it must be within 0 … {LAYERS - 1}"):
+        online(0.0).visible(-1)
+
+
 def test_a_refused_call_leaves_the_online_cache_as_it_was():
     caches = [online(-0.6), online(-0.6)]
     for _, layer, q, k, v in calls(0):

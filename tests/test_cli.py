@@ -139,6 +139,10 @@ def test_calibrate_measures_attention(checkpoints, capsys, method, policy, more)
         (["calibrate", "--method", "asi", "--var", "no.pth", "--vae", "no.pth"], "no.pth cannot be read"),
         (["plan", "--model", "var-d30", "--policy", "heatkv:5@no.json"], "head order no.json cannot be read"),
         (["plan", "--model", "var-d30", "--policy", "scalekv:2"], "it must hold the observation window of 16"),
+        (
+            ["plan", "--model", "var-d30", "--policy", "sink:1"],
+            "the number of arguments is 1; it must be 2; write sink:",
+        ),
         (["plan", "--model", "var-d99", "--policy", "full"], "model 'var-d99' is not known; known: var-d16"),
         (["plan", "--model", "var-d30", "--policy", "magic"], "policy 'magic' is not known; known: full"),
         (["plan", "--model", "var-d30", "--policy", "full", "--images", "0"], "images is 0; it must be at least 1"),
@@ -187,7 +191,8 @@ def test_a_corrupt_checkpoint_is_named(checkpoints, capsys):
 def test_doctor_tells_backends(capsys):
     code, out, _ = run(capsys, "doctor")
     assert code == 0
-    assert "attn on cpu" in out
+    assert "\n  attn on cpu " in out
+    assert max(map(len, out.splitlines())) <= 100
     assert json.loads(run(capsys, "doctor", "--json")[1])["versions"]["torch"].startswith(torch.__version__)
 
 

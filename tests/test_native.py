@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from amskv_kernels import native
+import amskv_kernels
+from amskv_kernels import hopper, native, ops
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "host"))
@@ -156,6 +157,28 @@ def test_missing_library_is_one_clear_reason(forget, monkeypatch, tmp_path):
     assert "not cpu" in native.unavailable("cpu", forced=True)
     with pytest.raises(RuntimeError, match="was not built"):
         native.build_info()
+
+
+def test_hopper_backend_says_what_it_lacks(forget, monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libamskv.so")
+    with amskv_kernels.backend("hopper"):
+        with pytest.raises(RuntimeError, match="hopper: serves CUDA tensors, not cpu"):
+            ops.choose("attn", "cpu")
+        with pytest.raises(RuntimeError, match=r"hopper: libamskv\.so was not built"):
+            ops.choose("attn", "cuda")
+        with pytest.raises(RuntimeError, match="hopper: has no compact"):
+            ops.choose("compact", "cuda")
+
+
+@pytest.mark.parametrize(
+    "capability, forced, reason",
+    [((9, 0), True, None), ((9, 0), False, "not yet tested on a Hopper GPU"), ((8, 0), True, "this GPU has 8.0")],
+)
+def test_hopper_kernel_serves_hopper_alone(monkeypatch, capability, forced, reason):
+    monkeypatch.setattr(native, "unavailable", lambda device_type, forced: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    found = hopper.unavailable("cuda", forced)
+    assert found is None if reason is None else reason in found
 
 
 def test_torch_too_old_and_broken_library_are_named(forget, monkeypatch, tmp_path):

@@ -131,7 +131,7 @@ def test_scores_choose_what_compact_keeps():
     torch.testing.assert_close(again[~again.isneginf()].view(2, 2, 20), logits)
 
 
-def errors():
+def prepare_errors():
     qkv, table = torch.zeros(1, 2, 4, 64), torch.zeros(2, 32)
     yield "heads", ValueError, "kv_heads is 2; the 4 heads of qkv", lambda: ops.prepare_qk(qkv, 2)
     yield "one table", ValueError, "cos and sin must be given together", lambda: ops.prepare_qk(qkv, 1, None, table)
@@ -149,6 +149,9 @@ def errors():
         lambda: ops.prepare_qk(qkv, 1, torch.zeros(3)),
     )
     yield "eps", ValueError, "eps is -1.0", lambda: ops.prepare_qk(qkv, 1, None, None, None, True, -1.0)
+
+
+def score_errors():
     scores = make_scores(Case(n=3, history=(5,)))
     yield "mode", ValueError, "mode is 'max'", lambda: ops.window_scores(*scores, "max")
     yield (
@@ -163,6 +166,9 @@ def errors():
         "q_window has 3 heads",
         lambda: ops.window_scores(torch.zeros(2, 5, 3, 64), *scores[1:], "softmax"),
     )
+
+
+def compact_errors():
     pages, arena, src, k, v, keep, dst = make_compact(Case(n=5, history=(16, 3), stored=(5,)), (9,))
     call = ops.compact
     yield "keep dtype", TypeError, "keep is torch.float32", lambda: call(pages, arena, src, k, v, keep.float(), dst)
@@ -195,7 +201,9 @@ def errors():
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "message", "call"), [*errors()], ids=lambda x: x if isinstance(x, str) else ""
+    ("name", "kind", "message", "call"),
+    [*prepare_errors(), *score_errors(), *compact_errors()],
+    ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_mistakes_are_named(name, kind, message, call):
     with pytest.raises(kind, match=message):

@@ -1,5 +1,6 @@
 """The planner against a brute-force simulation that knows nothing of runs, heaps or lifetimes."""
 
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -177,12 +178,62 @@ class Fixed(Policy):
         (Fixed(((), (0,), (1, 0), ())), {}, r"reads scales \(1, 0\) in layer 0 at step 2; they must ascend"),
         (AMSKV(demanding_layers=(5,)), {}, "demanding_layers names layer 5"),
         (Full(), {"page_size": 48}, r"page_size is 48; it must be one of \(16, 32, 64, 128\)"),
+        (Full(), {"page_size": 16.0}, "page_size is 16.0; it must be one of"),
         (Full(), {"num_layers": 0}, "num_layers is 0; it must be a whole number ≥ 1"),
+        (Full(), {"num_layers": True}, "num_layers is True; it must be a whole number ≥ 1"),
+        (Full(), {"kv_heads": 1.5}, "kv_heads is 1.5; it must be a whole number ≥ 1"),
     ],
 )
 def test_bad_plans_are_refused(policy, arguments, message):
     with pytest.raises(ValueError, match=message):
         CachePlan.build(ScaleSchedule([(1, 1), (2, 2), (3, 3), (4, 4)]), policy, **{"num_layers": 2, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([(1, 1)], Full(), 2), r"schedule is \[\(1, 1\)\]; it must be a ScaleSchedule"),
+        ((ScaleSchedule([(1, 1)]), "ams-kv:75", 2), "policy is 'ams-kv:75'; it must be a Policy"),
+        ((ScaleSchedule([(1, 1)]), Full, 2), "policy is <class .*; it must be a Policy"),
+    ],
+)
+def test_arguments_of_other_types_are_refused(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        CachePlan.build(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda plan: plan.read_slots(-1, 0), "step is -1; it must be within 0 … 9"),
+        (lambda plan: plan.write_slots(0, -1), "layer is -1; it must be within 0 … 1"),
+        (lambda plan: plan.read_rows(10, 0), "step is 10; it must be within 0 … 9"),
+        (lambda plan: plan.compaction(0, 2), "layer is 2; it must be within 0 … 1"),
+        (lambda plan: plan.visible(-1, 3), "layer is -1; it must be within 0 … 1"),
+        (lambda plan: plan.visible(0, 3, head=1), "head is 1; it must be within 0 … 0"),
+        (lambda plan: plan.slots_of(0, -1, 0), "step is -1; it must be within 0 … 9"),
+        (lambda plan: plan.slots_of(0, 3, -1), "scale is -1; it must be within 0 … 9"),
+    ],
+)
+def test_nothing_counts_from_the_end(call, message):
+    with pytest.raises(IndexError, match=message):
+        call(CachePlan.build(ScaleSchedule.named("var-256"), Full(), 2))
+
+
+@pytest.mark.parametrize("step", [1.0, True, slice(0, 2)])
+def test_an_index_must_be_a_whole_number(step):
+    plan = CachePlan.build(ScaleSchedule.named("var-256"), Full(), 2)
+    with pytest.raises(TypeError, match=rf"step is {re.escape(repr(step))}; it must be a whole number"):
+        plan.read_slots(step, 0)
+    assert np.array_equal(plan.read_slots(np.int64(3), np.int32(1)), plan.read_slots(3, 1))
+
+
+def test_a_plan_prints_as_one_line_of_facts():
+    plan = CachePlan.build(ScaleSchedule.named("var-256"), Full(), 2, 32)
+    assert repr(plan) == (
+        f"CachePlan(var-256: 10 steps, 2 layers, {plan.pages} pages of 32 rows, 848 tokens retained, "
+        f"{plan.peak_tokens} at peak)"
+    )
 
 
 def test_a_dropped_scale_has_no_slots():

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -133,14 +134,56 @@ def test_for_saving_takes_the_ranking():
             "similarity has 1 layers; this model has 2",
         ),
         (lambda: parse_policy("magic:4", VAR_256, 4), "policy 'magic:4' is not known; known: full"),
-        (lambda: parse_policy("ams-kv:lots", VAR_256, 4), "policy 'ams-kv:lots': could not convert"),
-        (lambda: parse_policy("sink:1", VAR_256, 4), "policy 'sink:1': invalid literal"),
         (lambda: parse_policy("ams-kv:75@nowhere.json", VAR_256, 4), "calibration nowhere.json cannot be read"),
     ],
 )
 def test_bad_settings_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+AMSKV_FORM = "ams-kv:SAVED | ams-kv:SAVED@CALIBRATION.json"
+RECENT_FORM = "recent:KEPT | recent:KEPT,FIRST"
+SCALEKV_FORM = "scalekv:KEPT | scalekv:KEPT,paper | scalekv:KEPT@ASI.json"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "form"),
+    [
+        ("ams-kv:lots", "SAVED is 'lots'; it must be a percentage above 0 and at most 100", AMSKV_FORM),
+        ("ams-kv:-5", "SAVED is '-5'; it must be a percentage", AMSKV_FORM),
+        ("ams-kv:nan", "SAVED is 'nan'; it must be a percentage", AMSKV_FORM),
+        ("ams-kv: 75", "SAVED is ' 75'; it must be a percentage", AMSKV_FORM),
+        ("ams-kv", "the number of arguments is 0; it must be 1", AMSKV_FORM),
+        ("ams-kv:75@", "no file is named after @", AMSKV_FORM),
+        ("h2o:1_0", "KEPT is '1_0'; it must be a percentage above 0 and at most 100", "h2o:KEPT"),
+        ("snapkv:101", "KEPT is '101'; it must be a percentage above 0 and at most 100", "snapkv:KEPT"),
+        ("full:", "an argument is empty", "full"),
+        ("full:4", "the number of arguments is 1; it must be 0", "full"),
+        ("full@x.json", "this policy takes no file", "full"),
+        ("sliding:2@", "this policy takes no file", "sliding:LOCAL"),
+        ("sliding:0", "LOCAL is '0'; it must be a whole number ≥ 1", "sliding:LOCAL"),
+        ("sliding:٣", "LOCAL is '٣'; it must be a whole number ≥ 1", "sliding:LOCAL"),
+        ("sink:1", "the number of arguments is 1; it must be 2", "sink:CONDENSED,LOCAL"),
+        ("sink:1,2,3", "the number of arguments is 3; it must be 2", "sink:CONDENSED,LOCAL"),
+        ("sink:1, 2", "LOCAL is ' 2'; it must be a whole number ≥ 1", "sink:CONDENSED,LOCAL"),
+        ("recent:10,", "an argument is empty", RECENT_FORM),
+        ("recent:10,4,4", "the number of arguments is 3; it must be 1 or 2", RECENT_FORM),
+        ("recent:10,x", "FIRST is 'x'; it must be a whole number ≥ 0", RECENT_FORM),
+        ("scalekv:10,", "an argument is empty", SCALEKV_FORM),
+        ("scalekv:10,fast", "the mode is 'fast'; it must be 'released' or 'paper'", SCALEKV_FORM),
+        ("heatkv:10@", "no file is named after @", "heatkv:KEPT@ORDERS.json"),
+    ],
+)
+def test_a_malformed_policy_is_quoted_with_its_form(text, reason, form):
+    with pytest.raises(ValueError, match=re.escape(f"policy {text!r}: {reason}")) as caught:
+        parse_policy(text, VAR_256, 4)
+    assert str(caught.value).endswith(f"; write {form}")
+
+
+def test_a_policy_to_parse_must_be_text():
+    with pytest.raises(TypeError, match="policy is 75; it must be a str"):
+        parse_policy(75, VAR_256, 4)
 
 
 def calibration(layers=4):

@@ -42,6 +42,18 @@ def test_bad_sizes_are_named(sizes, message):
         ScaleSchedule(sizes)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ([1, 2, 3], r"sizes\[0\] is 1; it must be two positive integers \(h, w\)"),
+        (5, r"sizes is 5; it must be a sequence of \(h, w\), one per scale"),
+    ],
+)
+def test_what_is_no_sequence_is_named(sizes, message):
+    with pytest.raises(TypeError, match=message):
+        ScaleSchedule(sizes)
+
+
 def test_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match="'var-255' is not a published one; known: var-256, var-512"):
         ScaleSchedule.named("var-255")

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from amskv_kernels import CachePlan, ScaleSchedule
 from amskv_kernels.policies import HeadOrders
-from examples.digits import shootout
+from examples.digits import demo, shootout
 
 RESULT = Path(shootout.__file__).parent / "results" / "shootout.json"
 VAR_256 = ScaleSchedule.named("var-256")
@@ -43,3 +44,9 @@ def test_tables_of_the_committed_result():
     assert shootout.render(rows).count("\n") == len(rows) + 1
     assert "ScaleKV, paper  against H2O" in shootout.margins(rows)
     assert shootout.worth(result["scales"]).count("\n") == len(VAR_256)
+
+
+def test_no_progress_bar_in_a_log(capsys):
+    labels = torch.zeros(1, dtype=torch.int64)
+    assert demo.run(images=1, batch=1)[1].equal(labels)
+    assert capsys.readouterr().err == ""

@@ -217,7 +217,7 @@ def test_triton_serves_a_gpu_and_says_why_not_a_cpu(monkeypatch):
     monkeypatch.setattr(triton_backend, "find_spec", lambda _: None)
     choice = ops.choose("attn", "cuda")
     assert choice.backend == "torch"
-    assert choice.reason.endswith("triton: Triton is not installed; the first that serves it")
+    assert choice.reason.endswith("triton: Triton is not installed")
 
 
 def test_the_tile_table_serves_every_call():

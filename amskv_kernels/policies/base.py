@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from amskv_kernels.arguments import whole_number
 from amskv_kernels.schedule import ScaleSchedule
 
 Observers = Literal["grid", "last", "all", "none"]
@@ -134,13 +135,6 @@ def _centres(side: int, patches: int = 4) -> tuple[int, ...]:
     count = min(patches, side)
     part = side // count
     return tuple(i * part + (part - 1) // 2 for i in range(count))
-
-
-def whole_number(name: str, value: object, least: int) -> int:
-    """`value` as an int, or a ValueError naming the argument."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number ≥ {least}")
-    return value
 
 
 def layer_set(name: str, layers: object) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from amskv_kernels.policies.base import HeadPolicy, whole_number
+from amskv_kernels.arguments import whole_number
+from amskv_kernels.policies.base import HeadPolicy
 from amskv_kernels.policies.files import check_fits, read_json
 from amskv_kernels.schedule import ScaleSchedule
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from amskv_kernels.policies.base import Policy, check_layers_exist, layer_set, whole_number
+from amskv_kernels.arguments import whole_number
+from amskv_kernels.policies.base import Policy, check_layers_exist, layer_set
 from amskv_kernels.schedule import ScaleSchedule
 
 Unit = Literal["tokens", "scales"]

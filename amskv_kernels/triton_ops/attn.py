@@ -22,10 +22,10 @@ from torch import Tensor
 
 from amskv_kernels.triton_ops.attn_packed import attn_packed_kernel
 from amskv_kernels.triton_ops.common import (
-    LN2,
     SLOT_BLOCK,
     SLOT_MASK,
     describe,
+    finished,
     on_device,
     padded,
     page_offset,
@@ -131,6 +131,31 @@ def attend_tiles(
     return b_acc, b_sum, b_max
 
 
+@triton.jit
+def attend_range(
+    start, end, tiles_h, b_q, p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_slots, S, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, PS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FULL_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over tiles start … end − 1: where FULL_FIRST, those without a hole are numbered first."""
+    full_h, full_c = 0, 0
+    if FULL_FIRST:
+        full_h, full_c = full_tiles(p_slots, S, PS, BN), n // BN
+    b_acc = tl.zeros([BM, BD], tl.float32)
+    b_sum = tl.zeros([BM], tl.float32)
+    b_max = tl.full([BM], float("-inf"), tl.float32)
+    if FULL_FIRST:
+        b_acc, b_sum, b_max = attend_tiles(
+            start, tl.minimum(end, full_h + full_c), full_h, 0, 0, b_q, b_acc, b_sum, b_max,
+            p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_slots, S, scale_log2, D, BD, PS, BN, False,
+        )  # fmt: skip
+        start = tl.maximum(start, full_h + full_c)
+    b_acc, b_sum, b_max = attend_tiles(
+        start - full_h - full_c, end - full_h - full_c, tiles_h - full_h, full_h, full_c, b_q, b_acc, b_sum, b_max,
+        p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_slots, S, scale_log2, D, BD, PS, BN, True,
+    )  # fmt: skip
+    return b_acc, b_sum, b_max
+
+
 @triton.jit(do_not_specialize=NO_SPECIAL)
 def attn_kernel(
     q, k, v, pages, arena, read_slots, write_slots, out, lse,
@@ -162,33 +187,16 @@ def attn_kernel(
     p_read = read_slots + i_b * stride_rb + i_h * stride_rh
 
     tiles_h = tl.cdiv(S * PS, BN)
-    full_h, full_c = 0, 0
-    if FULL_FIRST:
-        full_h, full_c = full_tiles(p_read, S, PS, BN), n // BN
-    end = tiles_h + tl.cdiv(n, BN)
-    start = 0
+    start, end = 0, tiles_h + tl.cdiv(n, BN)
     if SPLIT:
         share = tl.cdiv(end, tl.num_programs(0) // tiles_m)
         start = i_split * share
         end = tl.minimum(start + share, end)
-
-    b_acc = tl.zeros([BM, BD], tl.float32)
-    b_sum = tl.zeros([BM], tl.float32)
-    b_max = tl.full([BM], float("-inf"), tl.float32)
-    if FULL_FIRST:
-        b_acc, b_sum, b_max = attend_tiles(
-            start, tl.minimum(end, full_h + full_c), full_h, 0, 0, b_q, b_acc, b_sum, b_max,
-            p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_read, S, scale_log2, D, BD, PS, BN, False,
-        )  # fmt: skip
-        start = tl.maximum(start, full_h + full_c)
-    b_acc, b_sum, b_max = attend_tiles(
-        start - full_h - full_c, end - full_h - full_c, tiles_h - full_h, full_h, full_c, b_q, b_acc, b_sum, b_max,
-        p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_read, S, scale_log2, D, BD, PS, BN, True,
+    b_acc, b_sum, b_max = attend_range(
+        start, end, tiles_h, b_q, p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_read, S, scale_log2,
+        D, BD, PS, BM, BN, FULL_FIRST,
     )  # fmt: skip
-
-    b_some = b_sum > 0.0
-    b_acc = b_acc / tl.where(b_some, b_sum, 1.0)[:, None]
-    b_lse = tl.where(b_some, (b_max + tl.log2(b_sum)) * LN2, float("-inf"))
+    b_acc, b_lse = finished(b_acc, b_sum, b_max)
     heads = kv_heads * G
     p_out = out + i_out * n * heads * D + ((o_n * heads + o_g).to(tl.int64) * D)[:, None] + o_d[None, :]
     tl.store(p_out, b_acc.to(out.dtype.element_ty), mask=b_in)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from amskv_kernels.triton_ops.common import LN2, SLOT_MASK, page_offset, product
+from amskv_kernels.triton_ops.common import SLOT_MASK, finished, page_offset, product
 
 
 @triton.jit
@@ -91,13 +91,8 @@ def attn_packed_kernel(
     o_i = (o_m // G).to(tl.int64)  # query row, and head, of each row of the tile
     o_g = o_h[:, None] * G + o_m % G  # [HP, BM]
     b_row = b_head[:, None] & (o_m < n * G)[None, :]
-    p_q = (
-        q
-        + i_b * stride_qb
-        + (o_i * stride_qn)[None, :, None]
-        + (o_g.to(tl.int64) * stride_qh)[:, :, None]
-        + o_d[None, None, :]
-    )
+    p_q = q + i_b * stride_qb + (o_i * stride_qn)[None, :, None] + (o_g.to(tl.int64) * stride_qh)[:, :, None]
+    p_q += o_d[None, None, :]
     b_q = tl.load(p_q, mask=b_row[:, :, None] & b_d, other=0.0)  # [HP, BM, BD]
     b_there = b_head[:, None] & (o_n < n)[None, :]  # [HP, BN]
     b_load = b_there[:, :, None] & b_d
@@ -127,9 +122,7 @@ def attn_packed_kernel(
             b_hv = tl.load(p_row + PS * D, mask=b_load, other=0.0)
             b_acc, b_sum, b_max = attend_heads(b_q, b_hk, b_hv, b_there, b_acc, b_sum, b_max, scale_log2)
 
-    b_some = b_sum > 0.0
-    b_acc = b_acc / tl.where(b_some, b_sum, 1.0)[:, :, None]
-    b_lse = tl.where(b_some, (b_max + tl.log2(b_sum)) * LN2, float("-inf"))
+    b_acc, b_lse = finished(b_acc, b_sum, b_max)
     heads = kv_heads * G
     p_out = out + ((i_b * n + o_i)[None, :, None] * heads + o_g[:, :, None]) * D + o_d[None, None, :]
     tl.store(p_out, b_acc.to(out.dtype.element_ty), mask=b_row[:, :, None] & b_d)

@@ -38,6 +38,14 @@ def product(b_x, b_y, b_acc):
 
 
 @triton.jit
+def finished(b_acc, b_sum, b_max):
+    """Output and natural log-sum-exp of an online softmax in powers of two; 0 and −inf where there was no key."""
+    b_some = b_sum > 0.0
+    b_out = b_acc / tl.expand_dims(tl.where(b_some, b_sum, 1.0), len(b_sum.shape))
+    return b_out, tl.where(b_some, (b_max + tl.log2(b_sum)) * LN2, float("-inf"))
+
+
+@triton.jit
 def page_offset(page0, slot, PS: tl.constexpr, D: tl.constexpr):
     """Elements from the start of the pool to the page that a slot names, in 64 bits."""
     return (page0 + (slot >> SLOT_BITS)).to(tl.int64) * (2 * PS * D)

@@ -85,7 +85,7 @@ def run(images: int, batch: int) -> tuple[list[Contestant], Tensor, VAR]:
     config, runners = var.config, contestants(var)
     labels = torch.arange(images) % config.num_classes
     parts = labels.split(batch)
-    with tqdm(total=len(parts) * len(runners) * len(config.schedule), unit="step", desc="drawing") as bar:
+    with tqdm(total=len(parts) * len(runners) * len(config.schedule), unit="step", desc="drawing", disable=None) as bar:
         for i, part in enumerate(parts):
             for runner in runners[:: -1 if i % 2 else 1]:
                 cache: Attention = ConcatKVCache()

@@ -46,7 +46,7 @@ def evaluate(var: VAR, vae: VQVAE, images: int, device: str = "cpu") -> dict[str
     labels = (torch.arange(images) % 10).to(device)
     right = dict.fromkeys(POLICIES, 0.0)
     batches = labels.split(BATCH)
-    with tqdm(total=len(POLICIES) * len(batches), unit="batch", desc="drawing") as bar:
+    with tqdm(total=len(POLICIES) * len(batches), unit="batch", desc="drawing", disable=None) as bar:
         for policy in POLICIES:
             for i, part in enumerate(batches):
                 right[policy] += accuracy(draw(var, vae, policy, part, SEED + i), part) * len(part)

@@ -229,7 +229,7 @@ def run(
     labels = torch.arange(images, device=device) % config.num_classes
     policies = contestants(schedule, layers, measured)
     token_mib = 2 * batch * config.num_heads * config.head_dim * PAIR_BYTES / MIB
-    with tqdm(total=len(labels.split(batch)) * (2 + len(policies)), unit="batch") as tick:
+    with tqdm(total=len(labels.split(batch)) * (2 + len(policies)), unit="batch", disable=None) as tick:
         _, stock_seconds = draw(var, vae, None, labels, batch, tick)
         full: Generation | None = None
         for (name, share), policy in {("full", 1.0): Full(), **policies}.items():

@@ -1,0 +1,40 @@
+"""Arguments named when they are wrong: what it was, and what it must be."""
+
+from __future__ import annotations
+
+import operator
+import reprlib
+from typing import SupportsIndex
+
+
+def whole_number(name: str, value: object, least: int) -> int:
+    """`value` as an int, or a ValueError naming the argument."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number ≥ {least}")
+    return value
+
+
+def one_of(name: str, value: object, choices: tuple[int, ...]) -> None:
+    """Raise ValueError where `value` is not one of the whole numbers `choices`."""
+    if not isinstance(value, int) or value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {choices}")
+
+
+def instance_of(name: str, value: object, kind: type) -> None:
+    """Raise TypeError where `value` is of another type than `kind`."""
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise TypeError(f"{name} is {reprlib.repr(value)}; it must be {article} {kind.__name__}")
+
+
+def check_index(name: str, value: SupportsIndex, count: int) -> None:
+    """Raise IndexError where `value` is not within 0 … count − 1: Python would count −1 from the end.
+
+    Raises:
+        TypeError: it is no whole number.
+        IndexError: it is out of range.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {value!r}; it must be a whole number")
+    if not 0 <= operator.index(value) < count:
+        raise IndexError(f"{name} is {value}; it must be within 0 … {count - 1}")
