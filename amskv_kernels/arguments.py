@@ -8,16 +8,22 @@ from typing import SupportsIndex
 
 
 def whole_number(name: str, value: object, least: int) -> int:
-    """`value` as an int, or a ValueError naming the argument."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    """`value` as an int, NumPy's too, or a ValueError naming the argument."""
+    number = _integer(value)
+    if number is None or number < least:
         raise ValueError(f"{name} is {value!r}; it must be a whole number ≥ {least}")
-    return value
+    return number
 
 
 def one_of(name: str, value: object, choices: tuple[int, ...]) -> None:
     """Raise ValueError where `value` is not one of the whole numbers `choices`."""
-    if not isinstance(value, int) or value not in choices:
+    if _integer(value) not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {choices}")
+
+
+def _integer(value: object) -> int | None:
+    """None for what is no integer; True is none either."""
+    return None if isinstance(value, bool) or not isinstance(value, SupportsIndex) else operator.index(value)
 
 
 def instance_of(name: str, value: object, kind: type) -> None:
@@ -27,14 +33,15 @@ def instance_of(name: str, value: object, kind: type) -> None:
         raise TypeError(f"{name} is {reprlib.repr(value)}; it must be {article} {kind.__name__}")
 
 
-def check_index(name: str, value: SupportsIndex, count: int) -> None:
+def check_index(name: str, value: object, count: int) -> None:
     """Raise IndexError where `value` is not within 0 … count − 1: Python would count −1 from the end.
 
     Raises:
         TypeError: it is no whole number.
         IndexError: it is out of range.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    number = _integer(value)
+    if number is None:
         raise TypeError(f"{name} is {value!r}; it must be a whole number")
-    if not 0 <= operator.index(value) < count:
+    if not 0 <= number < count:
         raise IndexError(f"{name} is {value}; it must be within 0 … {count - 1}")

@@ -228,6 +228,11 @@ def test_an_index_must_be_a_whole_number(step):
     assert np.array_equal(plan.read_slots(np.int64(3), np.int32(1)), plan.read_slots(3, 1))
 
 
+def test_numpy_integers_count():
+    schedule = ScaleSchedule.named("var-256")
+    assert repr(CachePlan.build(schedule, Full(), np.int64(2))) == repr(CachePlan.build(schedule, Full(), 2))
+
+
 def test_a_plan_prints_as_one_line_of_facts():
     plan = CachePlan.build(ScaleSchedule.named("var-256"), Full(), 2, 32)
     assert repr(plan) == (
