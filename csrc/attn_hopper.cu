@@ -50,6 +50,11 @@ Error launch_type(Args args, Stream stream) {
 }  // namespace
 
 Error attn(const AttnParams& params, const HopperPlan& plan, Stream stream) {
+    const bool rows = plan.tile_rows == kWarpgroupRows || plan.tile_rows == kConsumers * kWarpgroupRows;
+    if (!serves(params) || !rows || plan.blocks < 1) return kInvalid;
+    const int64_t row_tiles = (params.tokens + plan.tile_rows - 1) / plan.tile_rows;
+    const int64_t items = row_tiles * params.heads * params.batch;
+    if (items > INT32_MAX - plan.blocks) return kInvalid;
     Args args{};
     args.params = params;
     args.blocks = plan.blocks;
@@ -61,9 +66,10 @@ Error attn(const AttnParams& params, const HopperPlan& plan, Stream stream) {
     const bool short_first = left_over > 0 && left_over <= kKeys / 2 && params.pool.page_size <= kKeys / 2;
     args.first_keys = short_first ? kKeys / 2 : kKeys;
     args.key_tiles = (keys + (short_first ? kKeys / 2 : 0) + kKeys - 1) / kKeys;
-    args.row_tiles = (params.tokens + plan.tile_rows - 1) / plan.tile_rows;
-    args.items = args.row_tiles * params.heads * params.batch;
+    args.row_tiles = static_cast<int>(row_tiles);
+    args.items = static_cast<int>(items);
     args.group = params.heads / params.kv_heads;
+    if (const Error error = use_device(); error != kOk) return error;
     if (const Error error = encode_maps(&args); error != kOk) return error;
     const bool half = params.dtype == DType::kFloat16;
     return half ? launch_type<Half>(args, stream) : launch_type<BFloat16>(args, stream);

@@ -69,14 +69,16 @@ struct Registers {
         wgmma_commit();
     }
 
-    // out += P V, under way; of a half tile, its keys alone
+    // out += P V, under way. A half tile has rows 0 … 63 of V alone: they stand for the others too, whose probabilities
+    // are 0. A branch instead would make ptxas wait for these products at once.
     __device__ __forceinline__ void issue_out(SharedAddress v, bool half) {
-        const uint64_t right = operand(v, Tile::kKeys * kSwizzleBytes);
+        constexpr int kHalf = kSteps / 2 * kMmaRows * kSwizzleBytes;
+        const uint64_t lower = operand(v, Tile::kKeys * kSwizzleBytes), upper = half ? lower : advance(lower, kHalf);
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
-            if (step >= kSteps / 2 && half) continue;
+            const uint64_t right = step < kSteps / 2 ? lower : upper;
             wgmma_out<typename Tile::Element>(
-                out, probabilities[step], advance(right, step * kMmaRows * kSwizzleBytes));
+                out, probabilities[step], advance(right, step % (kSteps / 2) * kMmaRows * kSwizzleBytes));
         }
         wgmma_commit();
     }
@@ -132,6 +134,8 @@ struct Registers {
         for (int i = 0; i < kCount / 2; ++i) {
             probabilities[i / 4][i % 4] = pack<typename Tile::Element>(scores[2 * i], scores[2 * i + 1]);
         }
+#pragma unroll
+        for (int i = kCount / 2; i < kSteps * 4; ++i) probabilities[i / 4][i % 4] = 0;
     }
 
     // Adds the other consumer's part of the same rows, which lies where the same thread put it.
@@ -149,7 +153,7 @@ struct Registers {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const float other_max = float_of(other.word[half]), top = fmaxf(row_max[half], other_max);
-            const float shift = top * scale_log2;  // finite: the first tile, this consumer's, has a key
+            const float shift = top * scale_log2;  // finite: one of the two has a key, since n ≥ 1
             mine[half] = exp2_fast(row_max[half] * scale_log2 - shift);
             theirs[half] = exp2_fast(other_max * scale_log2 - shift);
             row_sum[half] = row_sum[half] * mine[half] + float_of(other.word[2 + half]) * theirs[half];
@@ -196,7 +200,8 @@ __device__ __forceinline__ void begin(
 }
 
 // A consumer's tiles of keys of one item: the products of a tile's V and of the next tile's K are issued together, and
-// the next tile's exponentials are taken while the former still run. The first tile may be a half one.
+// the next tile's exponentials are taken while the former still run. The first tile may be a half one. The queries are
+// released with the last scores, so that the next item's come under the rest of this one.
 template <class Tile>
 __device__ __forceinline__ void attend(
     const Order& order, bool half, const Ring<Tile>& ring, const Consumer& me, Registers<Tile>& registers,
@@ -219,6 +224,7 @@ __device__ __forceinline__ void attend(
         wgmma_wait<1>();
         settle(registers.scores);
         ring.release(k, me.lane);
+        if (tile + 2 == order.tiles) ring.release_query(me.lane);
         registers.template mask<kCount>(named, me.lane);
         registers.template exponentiate<kCount>(shrink, scale_log2);
         settle(registers.scores);
@@ -231,8 +237,7 @@ __device__ __forceinline__ void attend(
         registers.rescale(shrink);
         registers.template round_probabilities<kCount>();
     }
-    warp_barrier();
-    if (me.lane == 0) mbarrier_arrive(ring.query_empty());  // the next item's queries come under this one's end
+    if (order.tiles < 2) ring.release_query(me.lane);
     if (order.tiles > 0) {
         const Spot v = order.v(order.tiles - 1);
         ring.wait_full(v);
@@ -313,7 +318,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1) attn_kernel(const __grid_co
     if (warp < kWarpgroupWarps) {
         release_registers<kMoverRegisters>();
         if (warp == 0) fetch(args, ring, lane);
-        if (warp == 1) keep(args, ring, lane);
+        if (warp == 1) keep_boxes(args, ring, lane);
+        if (warp >= 2) keep_rows<Tile>(args, warp - 2, lane);
     } else {
         take_registers<kConsumerRegisters>();
         compute(args, ring, Consumer{warp / kWarpgroupWarps - 1, warp % kWarpgroupWarps, lane, args.stride > 1});

@@ -1,4 +1,4 @@
-// The warps of the Hopper kernel that move data: one fetches into the ring, one stores from it.
+// The warps of the Hopper kernel that move data: one fetches into the ring, one stores from it, two store the rest.
 #pragma once
 
 #include "hopper_ring.cuh"
@@ -120,20 +120,21 @@ __device__ __forceinline__ bool takes_boxes(const Args& args, const Source& page
     return ballot(fits) == ~0u;
 }
 
+// Whether this item's tile takes part in the store of its KV head: those of the first query head do.
+__device__ __forceinline__ bool stores(const Args& args, const Item& item) {
+    return args.params.write.count > 0 && item.head == item.kv_head * args.group;
+}
+
 // Warp 1 of the movers: stores each box of the current scale once, from the slot that the consumers read. The tiles of
-// query rows share the boxes among themselves. Rows that join a page already begun go from global memory.
+// query rows share the boxes among themselves.
 template <class Tile>
-__device__ __forceinline__ void keep(const Args& args, const Ring<Tile>& ring, int lane) {
+__device__ __forceinline__ void keep_boxes(const Args& args, const Ring<Tile>& ring, int lane) {
     const AttnParams& p = args.params;
     int round = 0;
     for (int index = blockIdx.x; index < args.items; index += args.blocks, ++round) {
         const Item item(args, index);
         const Source pages(p, p.write, item);
-        const bool stores = p.write.count > 0 && item.head == item.kv_head * args.group;
-        const bool boxwise = stores && takes_boxes(args, pages, lane);
-        if (stores && !boxwise) {
-            store_rows<Tile::kHeadDim, 1>(p, item.batch, item.kv_head, item.row_tile, args.row_tiles, lane);
-        }
+        const bool boxwise = stores(args, item) && takes_boxes(args, pages, lane);
         for (int step = 0; step < 2 * args.key_tiles; ++step) {
             const auto [tile, part, spot] = Turn(args, round, step);
             const KeyTile<Tile> keys(args, tile);
@@ -154,6 +155,19 @@ __device__ __forceinline__ void keep(const Args& args, const Ring<Tile>& ring, i
             }
             ring.release(spot, lane);
         }
+    }
+}
+
+// Warps 2 and 3 of the movers: store the rows that do not fall on pages box by box, such as those that join a page
+// already begun, from global memory.
+template <class Tile>
+__device__ __forceinline__ void keep_rows(const Args& args, int worker, int lane) {
+    const AttnParams& p = args.params;
+    for (int index = blockIdx.x; index < args.items; index += args.blocks) {
+        const Item item(args, index);
+        if (!stores(args, item) || takes_boxes(args, Source(p, p.write, item), lane)) continue;
+        const int workers = 2 * args.row_tiles, mine = 2 * item.row_tile + worker;
+        store_rows<Tile::kHeadDim, 1>(p, item.batch, item.kv_head, mine, workers, lane);
     }
 }
 

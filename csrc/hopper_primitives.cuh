@@ -12,19 +12,29 @@ namespace amskv {
 
 using TensorMap = CUtensorMap;
 
+// Makes the current device's context this thread's: in a fresh thread, the driver's own functions find none.
+inline Error use_device() {
+    int device = 0;
+    const cudaError_t error = cudaGetDevice(&device);
+    return error == cudaSuccess ? cudaSetDevice(device) : error;
+}
+
 // Describes 16-bit elements in global memory for the copy engine. Boxes are kSwizzleElements wide and `box_rows` high,
 // their 16-byte chunks permuted in shared memory by the row's last 3 bits; what lies past a dimension reads as zero
-// and is not written. Strides are those of dimensions 1 … 3, in bytes.
+// and is not written. Strides are those of dimensions 1 … 3, in bytes. The device must be in use by this thread.
 inline Error encode_map(
     TensorMap* map, const void* base, const int64_t (&dims)[4], const int64_t (&strides)[3], int box_rows) {
     using Encode = decltype(&cuTensorMapEncodeTiled);
-    static const Encode encode = [] {
+    static Encode encode = nullptr;
+    if (encode == nullptr) {
         void* found = nullptr;
         cudaDriverEntryPointQueryResult result{};
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-        return result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(found) : nullptr;
-    }();
-    if (encode == nullptr) return cudaErrorNotSupported;
+        const cudaError_t error =
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+        if (error != cudaSuccess) return error;
+        if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+        encode = reinterpret_cast<Encode>(found);
+    }
     const cuuint64_t sizes[4] = {cuuint64_t(dims[0]), cuuint64_t(dims[1]), cuuint64_t(dims[2]), cuuint64_t(dims[3])};
     const cuuint64_t steps[3] = {cuuint64_t(strides[0]), cuuint64_t(strides[1]), cuuint64_t(strides[2])};
     const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(box_rows), 1, 1}, each[4] = {1, 1, 1, 1};
@@ -32,7 +42,7 @@ inline Error encode_map(
         map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(base), sizes, steps, box, each,
         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return error == CUDA_SUCCESS ? kOk : kInvalid;
+    return static_cast<Error>(error);  // the runtime numbers these errors as the driver does
 }
 
 // A barrier in shared memory, 8 bytes. A phase ends when `arrivals` threads have arrived and all bytes expected have

@@ -111,6 +111,11 @@ struct Ring {
         if (lane == 0) mbarrier_arrive(empty(spot));
     }
 
+    __device__ __forceinline__ void release_query(int lane) const {
+        warp_barrier();
+        if (lane == 0) mbarrier_arrive(query_empty());
+    }
+
     __device__ __forceinline__ void init(const Args& args) const {
         const int readers = (args.stride == 1 ? kConsumers : 1) * kWarpgroupWarps + 1;
         for (int slot = 0; slot < Tile::kSlots; ++slot) {

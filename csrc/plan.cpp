@@ -39,9 +39,9 @@ bool prefers_wide(const AttnParams& p, int rows) {
 // The persistent grid: a block per multiprocessor, or per tile where there are fewer.
 HopperPlan plan_hopper(const AttnParams& p, const Device& device) {
     if (p.tokens < kHopperLeastRows || device.capability != kHopperCapability || !hopper::serves(p)) return {};
-    const int tile_rows = hopper_tile_rows(p.tokens);
+    const int tile_rows = hopper_tile_rows(p.tokens, p.head_dim);
     const int64_t items = int64_t{ceil_div(p.tokens, tile_rows)} * p.heads * p.batch;
-    if (items > INT32_MAX) return {};
+    if (items > INT32_MAX - device.multiprocessors) return {};
     return {tile_rows, static_cast<int>(std::min<int64_t>(items, device.multiprocessors))};
 }
 

@@ -76,7 +76,8 @@ inline constexpr int kSwizzleBytes = 128;  // a row of a tile in shared memory: 
 inline constexpr int kSwizzleElements = kSwizzleBytes / kElementBytes;  // longer rows lie in panels of so many
 inline constexpr int kHopperThreads = (1 + kConsumers) * kWarpgroupThreads;
 // The 65 536 registers of a multiprocessor: 128 · 56 + 256 · 224 = 64 512. The consumers' widest moment holds 64
-// scores, 64 sums of the output and 32 packed probabilities; the warp that stores needs 49 to 56.
+// scores, 64 sums of the output and 32 packed probabilities. The movers get by with 48, but the 8 saved per thread
+// would not make up a step of 8 for the consumers.
 inline constexpr int kMoverRegisters = 56;
 inline constexpr int kConsumerRegisters = 224;
 
@@ -107,10 +108,11 @@ struct HopperTile {
 
 // A tile of 128 query rows has 64 for each warpgroup. Where 128 would pad much more than 64, both warpgroups take the
 // same 64 rows and every second tile of keys: n = 169 is 192 rows instead of 256. K and V then cross L2 twice as
-// often, so a fifth more padding is borne (n = 576, 640 rows, stays).
-constexpr int hopper_tile_rows(int rows) {
+// often, so a fifth more padding is borne (n = 576, 640 rows, stays). At head size 128 each would have two slots alone,
+// and wait for every tile.
+constexpr int hopper_tile_rows(int rows, int head_dim) {
     const int narrow = (rows + 63) / 64 * 64, wide = (rows + 127) / 128 * 128;
-    return wide * 5 > narrow * 6 ? 64 : 128;
+    return head_dim == 64 && wide * 5 > narrow * 6 ? 64 : 128;
 }
 
 // Fewer query rows move more bytes than they compute (206 rows per key balance an H200): the portable kernel, with

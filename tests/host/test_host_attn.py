@@ -170,5 +170,6 @@ def test_hopper_takes_the_steps_its_table_names(host, n, tile_rows):
 def test_hopper_leaves_what_it_does_not_have(host):
     assert plan_of(host, replace(VAR, n=256, head_dim=96), 16, hopper=True).tile_rows == 0
     assert plan_of(host, replace(VAR, n=256), 16, hopper=True).tile_rows == 128
+    assert plan_of(host, replace(VAR, n=169, head_dim=128), 16, hopper=True).tile_rows == 128
     few = replace(VAR, n=256, batch=1, heads=3, kv_heads=3)
     assert plan_of(host, few, 16, hopper=True).blocks == 6

@@ -99,6 +99,16 @@ def test_random_calls(host, seed):
 FAULT = Case(n=150, batch=1, heads=1, kv_heads=1, head_dim=128, gap=False, history=(16,) * 20 + (3,), hopper=(128, 1))
 
 
+@pytest.mark.parametrize(
+    "case",
+    [Case(n=70, head_dim=96, hopper=(128, 1)), Case(n=70, hopper=(96, 1)), Case(n=70, hopper=(64, 0))],
+    ids=["head size", "rows of a tile", "blocks"],
+)
+def test_impossible_plans_are_refused(host, case):
+    with pytest.raises(ValueError, match="attn refused its arguments"):
+        cases.run(host, case, cases.make(case), "eager")
+
+
 RING, MOVERS, KERNEL = "hopper_ring.cuh", "hopper_movers.cuh", "attn_hopper.cuh"
 WRONG = "out: more than twice the error|lse is not that|eager is not lazy"
 
@@ -117,7 +127,7 @@ WRONG = "out: more than twice the error|lse is not that|eager is not lazy"
             id="missing fence before a bulk store",
         ),
         pytest.param(
-            KERNEL, "operand(v, Tile::kKeys * kSwizzleBytes);", "operand(v, Tile::kKeys * kSwizzleBytes / 2);", WRONG,
+            KERNEL, "operand(v, Tile::kKeys * kSwizzleBytes),", "operand(v, Tile::kKeys * kSwizzleBytes / 2),", WRONG,
             id="wrong descriptor stride",
         ),
         pytest.param(
