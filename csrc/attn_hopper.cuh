@@ -63,7 +63,8 @@ struct Registers {
             constexpr int kPerPanel = kSwizzleElements / kMmaRows;
             const int panel = step / kPerPanel, column = step % kPerPanel * kMmaRows * kElementBytes;
             wgmma_scores<typename Tile::Element>(
-                reinterpret_cast<float (&)[kCount]>(scores), advance(left, panel * kWarpgroupRows * kSwizzleBytes + column),
+                reinterpret_cast<float (&)[kCount]>(scores),
+                advance(left, panel * kWarpgroupRows * kSwizzleBytes + column),
                 advance(right, panel * Tile::kKeys * kSwizzleBytes + column), step > 0);
         }
         wgmma_commit();
@@ -138,7 +139,7 @@ struct Registers {
         for (int i = kCount / 2; i < kSteps * 4; ++i) probabilities[i / 4][i % 4] = 0;
     }
 
-    // Adds the other consumer's part of the same rows, which lies where the same thread put it.
+    // Leaves this consumer's part of the rows for the same thread of the other.
     __device__ __forceinline__ void hand_over(SharedAddress sums, SharedAddress stats, int thread) const {
 #pragma unroll
         for (int i = 0; i < Tile::kHeadDim / 2; ++i)
@@ -147,6 +148,7 @@ struct Registers {
                         {bits_of(row_max[0]), bits_of(row_max[1]), bits_of(row_sum[0]), bits_of(row_sum[1])});
     }
 
+    // Adds what the other consumer left.
     __device__ __forceinline__ void take_over(SharedAddress sums, SharedAddress stats, int thread, float scale_log2) {
         const Chunk other = load_shared_16(stats + thread * 16);
         float mine[2], theirs[2];

@@ -85,8 +85,9 @@ struct Box {
 // Fetches a box; its bytes count towards the barrier's phase.
 __device__ __forceinline__ void tma_load(SharedAddress to, const TensorMap& map, const Box& box, SharedAddress barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::
-            "r"(to), "l"(&map), "r"(box.column), "r"(box.row), "r"(box.third), "r"(box.fourth), "r"(barrier)
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
+        "l"(&map), "r"(box.column), "r"(box.row), "r"(box.third), "r"(box.fourth), "r"(barrier)
         : "memory");
 }
 

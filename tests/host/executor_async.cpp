@@ -37,7 +37,8 @@ const unsigned char* Executor::read_async(uint32_t from, const Where& where) {
 }
 
 void Executor::mbarrier_init(uint32_t at, int arrivals, const Where& where) {
-    if (at % kMbarrierAlignment != 0 || at + kMbarrierAlignment > shared_.size()) fail("an mbarrier at byte " + text(at), where);
+    const bool fits = at % kMbarrierAlignment == 0 && at + kMbarrierAlignment <= shared_.size();
+    if (!fits) fail("an mbarrier at byte " + text(at), where);
     if (arrivals < 1) fail("an mbarrier of " + text(arrivals) + " arrivals", where);
     if (mbarriers_.count(at)) fail("an mbarrier is initialised twice", where);
     if (mbarriers_.size() == kMbarriers) fail("too many mbarriers for the executor", where);
