@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-smoke shootout readme kernel-report gpu-test sanitize tune native native-report wheel clean
+.PHONY: help demo test lint format bench bench-smoke shootout readme kernel-report gpu-test gpu-session tune native native-report wheel clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,11 +54,8 @@ kernel-report: $(VENV)/ready  ## compile every Triton kernel offline for four ar
 gpu-test: $(VENV)/ready  ## everything that needs a GPU; writes tests/gpu-reports
 	$(BIN)/python -m pytest -m gpu
 
-sanitize: native  ## the CUDA library's tests under compute-sanitizer; writes tests/gpu-reports
-	mkdir -p tests/gpu-reports
-	for tool in memcheck racecheck synccheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 --log-file tests/gpu-reports/$$tool.txt \
-	    $(BIN)/python -m pytest tests/gpu/test_native_gpu.py -k "not large and not random" || exit 1; done
+gpu-session: native  ## tests, benchmarks, profile and checkers in one go (30 minutes); writes build/gpu-session
+	$(BIN)/python -m benchmarks.gpu_session
 
 tune: $(VENV)/ready  ## measure tile candidates on the GPU at hand
 	$(BIN)/python -m benchmarks.tune
