@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 TORCH = "torch>=2.10"
 BUILD_TOOLS = ["cmake>=3.27", "ninja>=1.11"]
+LEAST_CMAKE = (3, 27)  # what CMakeLists.txt asks for
 # One major version: its minor ones run on each other's drivers.
 CUDA_FROM_PIP = [f"nvidia-{part}==13.*" for part in ("cuda-nvcc", "cuda-crt", "cuda-runtime", "nvvm")]
 
@@ -49,20 +51,37 @@ def find_pip_nvcc() -> Path:
     for site in dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path]):
         for nvcc in sorted(Path(site).glob("nvidia/cu*/bin/nvcc")):
             return nvcc
-    raise SystemExit(f"AMSKV_CUDA=pip, but no nvcc is installed: pip install {' '.join(CUDA_FROM_PIP)}")
+    raise SystemExit(
+        f"AMSKV_CUDA=pip, but no nvcc is installed: pip install {quoted(CUDA_FROM_PIP)} first, or leave out "
+        f"--no-build-isolation"
+    )
 
 
-def find_tool(name: str) -> str:
-    """cmake or ninja: the one of the PyPI package before the system's, which may be too old."""
+def quoted(packages: list[str]) -> str:
+    return " ".join(f"'{package}'" for package in packages)
+
+
+def find_tool(name: str) -> str | None:
+    """cmake or ninja: the one of the PyPI package before the system's; None where there is none, or too old a cmake."""
     try:
         package = importlib.import_module(name)
     except ImportError:
         found = shutil.which(name)
     else:
         found = str(Path(package.CMAKE_BIN_DIR if name == "cmake" else package.BIN_DIR) / name)
-    if found is None:
-        raise SystemExit(f"building the CUDA library needs {name}: pip install {' '.join(map(repr, BUILD_TOOLS))}")
+    if name == "cmake" and found is not None:
+        told = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
+        version = re.search(r"(\d+)\.(\d+)", told)
+        if version is None or (int(version[1]), int(version[2])) < LEAST_CMAKE:
+            return None
     return found
+
+
+def tools_missing() -> str | None:
+    """What to do where the build tools are missing or too old; None where they are there, or pip will fetch them."""
+    if all(find_tool(name) for name in ("cmake", "ninja")) or "egg_info" in sys.argv:
+        return None
+    return f"building the CUDA library needs newer tools: pip install {quoted(BUILD_TOOLS)}"
 
 
 def wanted() -> bool:
@@ -71,10 +90,20 @@ def wanted() -> bool:
     if switch not in ("", "0", "1", "pip"):
         raise SystemExit(f"AMSKV_CUDA is {switch!r}; it must be 0, 1, pip or unset")
     if switch == "" and find_nvcc() is None:
-        say("no nvcc found, so no CUDA library; the Triton and CPU backends remain (AMSKV_CUDA=pip fetches nvcc)")
+        say("no nvcc found, so no CUDA library; the Triton and CPU backends remain (AMSKV_CUDA=pip takes PyPI's nvcc)")
     if switch == "1" and find_nvcc() is None:
-        raise SystemExit("AMSKV_CUDA=1, but no nvcc in CUDA_HOME, PATH or /usr/local/cuda; AMSKV_CUDA=pip fetches one")
+        raise SystemExit("AMSKV_CUDA=1, but no nvcc in CUDA_HOME, PATH or /usr/local/cuda; AMSKV_CUDA=pip takes PyPI's")
     return switch in ("1", "pip") or (switch == "" and find_nvcc() is not None)
+
+
+def buildable() -> bool:
+    """Whether the library is wanted and its tools are there; fails where it was insisted on."""
+    if not wanted() or (missing := tools_missing()) is None:
+        return wanted()
+    if os.environ.get("AMSKV_CUDA", ""):
+        raise SystemExit(missing)
+    say(f"{missing}; installing without it, the Triton and CPU backends remain")
+    return False
 
 
 def build_requirements() -> list[str]:
@@ -117,7 +146,7 @@ class AnyPythonWheel(bdist_wheel):
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[Extension("amskv_kernels.libamskv", sources=[])] if wanted() else [],
+        ext_modules=[Extension("amskv_kernels.libamskv", sources=[])] if buildable() else [],
         cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel},
         setup_requires=build_requirements() if "egg_info" in sys.argv else [],
     )

@@ -60,7 +60,7 @@ def check_pool(
 def refuse_gradients(*tensors: Tensor) -> None:
     """Raise RuntimeError where autograd would record a call: the ops have no backward."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise RuntimeError("amskv attention has no backward; call the model under torch.no_grad()")
+        raise RuntimeError("the amskv ops have no backward; call the model under torch.no_grad()")
 
 
 def check_tables(pages: Tensor, arena: Tensor, read_slots: Tensor, write_slots: Tensor, n: int) -> None:
@@ -132,6 +132,8 @@ def check_window_scores(
     _check_rows("q_window", q_window, "(B, W, H, D)")
     _check_current(k, k, pages, arena)
     _check_queries("q_window", q_window, k, same_rows=False)
+    if q_window.shape[1] < 1:
+        raise ValueError("q_window has no queries; it must have at least 1")
     _check_slots("read_slots", read_slots, k)
     _check_scale(softmax_scale)
     if mode not in SCORE_MODES:
@@ -204,8 +206,9 @@ def _check_queries(name: str, q: Tensor, k: Tensor, same_rows: bool) -> None:
 
 
 def _check_scale(softmax_scale: float) -> None:
-    if not (math.isfinite(softmax_scale) and softmax_scale > 0):
-        raise ValueError(f"softmax_scale is {softmax_scale}; it must be finite and above 0")
+    fp32 = torch.finfo(torch.float32)
+    if not fp32.tiny <= softmax_scale <= fp32.max / 2:  # half: kernels multiply it by log2(e)
+        raise ValueError(f"softmax_scale is {softmax_scale}; it must be finite and above 0, in fp32 as well")
 
 
 def _named(

@@ -1,7 +1,7 @@
 """The CUDA library with its Hopper kernel: TMA and wgmma where the tile table wants them, else the portable kernel.
 
-The table (csrc/tiles.h) takes head sizes 64 and 128 and scales of more than 64 tokens. The rest of every page named by
-`read_slots` must hold zeros, as `attn`, `append` and `compact` leave it: whole pages are fetched.
+The table (csrc/tiles.h) takes head sizes 64 and 128 and scales of more than 64 tokens. Whole pages are fetched, so the
+other rows of a page named in part must be finite; `attn`, `append` and `compact` leave zeros there.
 """
 
 from __future__ import annotations

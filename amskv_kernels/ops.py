@@ -93,10 +93,15 @@ def debug(on: bool = True) -> _Setting:
 def choose(op: str, device_type: str) -> Choice:
     """Which backend serves `op` for tensors on `device_type` ("cpu", "cuda").
 
+    A forced backend that has no kernel of its own for an op leaves it to the others: the CUDA library has attn and
+    append alone.
+
     Raises:
-        RuntimeError: the forced backend does not serve it.
+        RuntimeError: the forced backend has the op, but cannot serve it there.
     """
     forced = _settings["backend"]
+    if forced != "auto" and not hasattr(_BACKENDS[str(forced)], op):
+        forced = "auto"
     passed_over: list[str] = []
     for name, module in _BACKENDS.items():
         if forced not in ("auto", name):
@@ -121,6 +126,8 @@ def _missing(module: ModuleType, op: str, device_type: str, forced: bool) -> str
 def _backend(op: str, x: Tensor) -> ModuleType:
     """The backend that serves this call; where it is the CUDA library by itself, later calls go there directly."""
     name = choose(op, x.device.type).backend
+    if name in _OF_LIBRARY and x.dtype == torch.float32 and _settings["backend"] != "auto":
+        raise TypeError(f"q or k is float32; backend {name!r} takes float16 and bfloat16")
     if name in _OF_LIBRARY and _settings["backend"] == "auto":
         if x.dtype == torch.float32:  # the library's kernels take 16-bit elements
             others = [module for other, module in _BACKENDS.items() if other not in _OF_LIBRARY]
@@ -184,7 +191,7 @@ def attn(
         RuntimeError: autograd would record the call.
     """
     check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
-    refuse_gradients(q, k, v)
+    refuse_gradients(q, k, v, pages)
     if _settings["debug"]:
         check_tables(pages, arena, read_slots, write_slots, k.shape[1])
     module = _backend("attn", q)
@@ -197,7 +204,7 @@ def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tens
     Arguments and errors as for `attn`.
     """
     check_append(k, v, pages, arena, write_slots)
-    refuse_gradients(k, v)
+    refuse_gradients(k, v, pages)
     if _settings["debug"]:
         check_tables(pages, arena, write_slots[..., :0].contiguous(), write_slots, k.shape[1])
     module = _backend("append", k)
@@ -230,7 +237,7 @@ def prepare_qk(
         TypeError: a wrong dtype. ValueError: a wrong device, shape, stride or head count.
     """
     check_prepare_qk(qkv, kv_heads, q_scale, cos, sin, eps)
-    refuse_gradients(qkv)
+    refuse_gradients(*(x for x in (qkv, q_scale, cos, sin) if x is not None))
     module = _BACKENDS[choose("prepare_qk", qkv.device.type).backend]
     return module.prepare_qk(qkv, kv_heads, q_scale, cos, sin, l2norm, eps)
 
@@ -257,7 +264,7 @@ def window_scores(
         TypeError: a wrong dtype. ValueError: a wrong device, shape, stride, head count, mode or slot table.
     """
     check_window_scores(q_window, k, pages, arena, read_slots, softmax_scale, mode)
-    refuse_gradients(q_window, k)
+    refuse_gradients(q_window, k, pages)
     if _settings["debug"]:
         check_tables(pages, arena, read_slots, read_slots[..., :0].contiguous(), k.shape[1])
     module = _BACKENDS[choose("window_scores", k.device.type).backend]
@@ -283,7 +290,7 @@ def compact(
         TypeError: a wrong dtype. ValueError: a wrong device, shape, stride or table.
     """
     check_compact(pages, arena, src_slots, k, v, keep, dst_slots)
-    refuse_gradients(k, v)
+    refuse_gradients(k, v, pages)
     if _settings["debug"]:
         check_keep(pages, arena, src_slots, keep, dst_slots, k.shape[1])
     module = _BACKENDS[choose("compact", k.device.type).backend]

@@ -59,28 +59,21 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's dense 16-bit rate and bandwidth: the datasheet's, and what large operations attain where it is known."""
+    """A GPU's dense 16-bit rate and bandwidth, as its datasheet gives them."""
 
     name: str
-    sheet: Ceilings
-    attained: Ceilings | None = None
-
-    @property
-    def ceilings(self) -> Ceilings:
-        """What predictions use."""
-        return self.attained or self.sheet
+    ceilings: Ceilings
 
     @property
     def source(self) -> str:
         """Where the figures are from."""
-        kind = "attained by a large copy and a large product" if self.attained else "datasheet"
-        return f"{self.ceilings.tflop_s:g} TFLOP/s and {self.ceilings.tb_s:g} TB/s ({kind})"
+        return f"{self.ceilings.tflop_s:g} TFLOP/s and {self.ceilings.tb_s:g} TB/s (datasheet)"
 
 
 GPUS = {
     "a100": Gpu("A100 SXM", Ceilings(2.04, 312)),
     "h100": Gpu("H100 SXM", Ceilings(3.35, 989)),
-    "h200": Gpu("H200 SXM", Ceilings(4.8, 989), Ceilings(4.3, 790)),
+    "h200": Gpu("H200 SXM", Ceilings(4.8, 989)),
 }
 
 

@@ -61,7 +61,9 @@ Error attn(const AttnParams& params, const HopperPlan& plan, Stream stream) {
     args.stride = plan.tile_rows == kWarpgroupRows ? kConsumers : 1;
     while (1 << args.page_shift < params.pool.page_size) ++args.page_shift;
     constexpr int kKeys = HopperTile<void, 64>::kKeys;
-    const int boxes = params.read.count + (params.tokens + params.pool.page_size - 1) / params.pool.page_size;
+    // Rows that join a page already begun are a box of their own: the write table then names a page more.
+    const int pages = (params.tokens + params.pool.page_size - 1) / params.pool.page_size;
+    const int boxes = params.read.count + pages + (params.write.count > pages ? 1 : 0);
     const int keys = boxes << args.page_shift, left_over = keys % kKeys;
     const bool short_first = left_over > 0 && left_over <= kKeys / 2 && params.pool.page_size <= kKeys / 2;
     args.first_keys = short_first ? kKeys / 2 : kKeys;

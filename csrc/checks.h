@@ -3,7 +3,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include <cmath>
+#include <cfloat>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -106,8 +106,8 @@ inline void check_attn(
     }
     check_slots("read_slots", read_slots, k);
     check_slots("write_slots", write_slots, k);
-    if (!std::isfinite(softmax_scale) || softmax_scale <= 0) {
-        refuse("softmax_scale is ", softmax_scale, "; it must be finite and above 0");
+    if (!(softmax_scale >= FLT_MIN && softmax_scale <= FLT_MAX / 2)) {  // half: kernels multiply it by log2(e)
+        refuse("softmax_scale is ", softmax_scale, "; it must be finite and above 0, in fp32 as well");
     }
 }
 

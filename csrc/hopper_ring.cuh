@@ -8,7 +8,7 @@
 namespace amskv::hopper {
 
 struct Args {
-    TensorMap q, k, v, pages, out;  // the first two of a kind of box each: 64 rows of q and out, a page of the others
+    TensorMap q, k, v, pages, out;  // boxes of 64 rows in q and out, of a page in k, v and pages
     AttnParams params;
     int page_shift;  // log2(page_size)
     int row_tiles;   // of one sequence and head

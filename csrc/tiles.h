@@ -1,4 +1,4 @@
-// The tile table of the portable attention kernel: every size with its reason, and the shared-memory layout.
+// The tile tables of the attention kernels: every size with its reason, and the shared-memory layout.
 #pragma once
 
 #include <cstdint>
@@ -75,9 +75,9 @@ inline constexpr int kWarpgroupRows = 64;  // of a wgmma
 inline constexpr int kSwizzleBytes = 128;  // a row of a tile in shared memory: what wgmma and TMA permute by
 inline constexpr int kSwizzleElements = kSwizzleBytes / kElementBytes;  // longer rows lie in panels of so many
 inline constexpr int kHopperThreads = (1 + kConsumers) * kWarpgroupThreads;
-// The 65 536 registers of a multiprocessor: 128 · 56 + 256 · 224 = 64 512. The consumers' widest moment holds 64
-// scores, 64 sums of the output and 32 packed probabilities. The movers get by with 48, but the 8 saved per thread
-// would not make up a step of 8 for the consumers.
+// A block of 384 threads starts with 168 registers each, 64 512, and deals them anew: 128 · 56 + 256 · 224. The consumers'
+// widest moment holds 64 scores, 64 sums of the output and 32 packed probabilities. The movers get by with 48, but 8
+// more for each consumer would need 128 · 40.
 inline constexpr int kMoverRegisters = 56;
 inline constexpr int kConsumerRegisters = 224;
 
@@ -89,7 +89,7 @@ struct HopperTile {
     // take all 224 registers at head size 128.
     static constexpr int kKeys = 128;
     // Tiles of K or V in flight, a power of two so that a position's slot is a mask: 128 KiB at either head size,
-    // several times the 40 KiB that cover 4.8 TB/s / 132 multiprocessors · 1 µs of latency.
+    // several times the 36 KiB that 4.8 TB/s / 132 multiprocessors bring in 1 µs of latency.
     static constexpr int kSlots = kHeadDim == 64 ? 8 : 4;
 
     static constexpr int kPanels = kHeadDim / kSwizzleElements;
@@ -115,8 +115,8 @@ constexpr int hopper_tile_rows(int rows, int head_dim) {
     return head_dim == 64 && wide * 5 > narrow * 6 ? 64 : 128;
 }
 
-// Fewer query rows move more bytes than they compute (206 rows per key balance an H200): the portable kernel, with
-// several heads in a block, serves them. Not yet measured.
+// One warpgroup's 64 rows would leave the other idle, and so few rows are bound by memory (206 per key balance an H200's
+// 989 TFLOP/s and 4.8 TB/s), where the portable kernel's several heads per block do as well. Not yet measured.
 inline constexpr int kHopperLeastRows = 65;
 
 }  // namespace amskv

@@ -17,6 +17,7 @@ from amskv_kernels import hopper, native, ops
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "host"))
 
+import cases  # noqa: E402
 import hostlib  # noqa: E402
 
 
@@ -166,8 +167,7 @@ def test_hopper_backend_says_what_it_lacks(forget, monkeypatch, tmp_path):
             ops.choose("attn", "cpu")
         with pytest.raises(RuntimeError, match=r"hopper: libamskv\.so was not built"):
             ops.choose("attn", "cuda")
-        with pytest.raises(RuntimeError, match="hopper: has no compact"):
-            ops.choose("compact", "cuda")
+        assert ops.choose("compact", "cpu").backend == "torch", "what the library lacks goes to the others"
 
 
 @pytest.mark.parametrize(
@@ -179,6 +179,14 @@ def test_hopper_kernel_serves_hopper_alone(monkeypatch, capability, forced, reas
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     found = hopper.unavailable("cuda", forced)
     assert found is None if reason is None else reason in found
+
+
+def test_library_forced_on_fp32_says_so(monkeypatch):
+    for name, module in (("cuda", native), ("hopper", hopper)):
+        monkeypatch.setattr(module, "unavailable", lambda device_type, forced: None)
+        args = cases.make(cases.Case(n=3, dtype=torch.float32))
+        with amskv_kernels.backend(name), pytest.raises(TypeError, match=f"float32; backend '{name}' takes float16"):
+            ops.attn(*args.tables, 1.0)
 
 
 def test_torch_too_old_and_broken_library_are_named(forget, monkeypatch, tmp_path):
@@ -195,6 +203,22 @@ def test_build_switch_refuses_what_it_does_not_know():
     setup = [sys.executable, "setup.py", "--name"]
     done = subprocess.run(setup, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"AMSKV_CUDA": "yes"})
     assert done.returncode and "AMSKV_CUDA is 'yes'; it must be 0, 1, pip or unset" in done.stderr
+
+
+@pytest.mark.parametrize("switch", ["", "1"])
+def test_old_build_tools_are_named(switch, tmp_path):
+    """Without the switch the package installs without the library; with it, that fails."""
+    for name, text in (("cmake", "cmake version 3.25.1"), ("nvcc", "nvcc"), ("ninja", "1.11")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {text}\n")
+        (tmp_path / name).chmod(0o755)
+    hidden = "import sys; sys.modules['cmake'] = sys.modules['ninja'] = None; sys.argv = ['setup.py', '--name']; "
+    done = run(
+        f"{hidden}import runpy; runpy.run_path('setup.py', run_name='__main__')",
+        AMSKV_CUDA=switch, PATH=f"{tmp_path}:{os.environ['PATH']}",
+    )  # fmt: skip
+    assert "pip install 'cmake>=3.27' 'ninja>=1.11'" in done.stderr
+    assert (done.returncode == 0) == (switch == "")
+    assert ("installing without it" in done.stderr) == (switch == "")
 
 
 def test_every_ptx_instruction_stands_in_the_primitives():

@@ -154,6 +154,11 @@ def prepare_errors():
 def score_errors():
     scores = make_scores(Case(n=3, history=(5,)))
     yield "mode", ValueError, "mode is 'max'", lambda: ops.window_scores(*scores, "max")
+    yield "no window", ValueError, "q_window has no queries", lambda: ops.window_scores(scores[0][:, :0], *scores[1:])
+    for scale in (1e300, 1e-300):
+        yield (
+            "scale", ValueError, "finite and above 0, in fp32", lambda s=scale: ops.window_scores(*scores[:5], s)
+        )  # fmt: skip
     yield (
         "window dtype",
         TypeError,

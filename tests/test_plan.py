@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from amskv_kernels import AMSKV, CachePlan, Full, Policy, ScaleSchedule, SlidingWindow
 from amskv_kernels.layout import PAGE_SIZES, ROWS_BITS, ROWS_MASK
 from amskv_kernels.models.shapes import ModelShape
+from amskv_kernels.policies.parse import parse_policy
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,20 @@ def test_an_index_must_be_a_whole_number(step):
     with pytest.raises(TypeError, match=rf"step is {re.escape(repr(step))}; it must be a whole number"):
         plan.read_slots(step, 0)
     assert np.array_equal(plan.read_slots(np.int64(3), np.int32(1)), plan.read_slots(3, 1))
+
+
+@pytest.mark.parametrize("policy", ["full", "ams-kv:75", "ams-kv:84.83", "sink:2,1", "sliding:2"])
+def test_a_scale_fills_its_pages_in_order(policy):
+    """Full pages after the first, then the rest: what lets a kernel store a scale page by page as it reads it."""
+    schedule = ScaleSchedule.named("var-256")
+    plan = CachePlan.build(schedule, parse_policy(policy, schedule, 30), 30)
+    for step, tokens in enumerate(schedule.tokens):
+        for layer in range(30):
+            rows = plan.write_slots(step, layer).reshape(-1) & 255
+            if rows.sum():
+                assert 0 <= rows.sum() - tokens < plan.page_size
+                full = np.clip(rows.sum() - plan.page_size * np.arange(len(rows)), 0, plan.page_size)
+                assert np.array_equal(rows, full)
 
 
 def test_numpy_integers_count():

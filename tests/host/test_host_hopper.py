@@ -41,21 +41,24 @@ def test_pages(host, page_size, history, tile):
     cases.check(host, Case(n=20, batch=1, heads=1, kv_heads=1, page_size=page_size, history=filled, hopper=tile))
 
 
+@pytest.mark.parametrize("grow", [0, 5])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("page_size", [16, 64])
-def test_every_box_is_stored_once_from_shared_memory(host, head_dim, page_size):
+def test_every_page_of_its_own_is_stored_once_from_shared_memory(host, head_dim, page_size, grow):
+    """Boxes are cut as pages are: rows that join a page already begun shift those that follow."""
     n, tile_rows, heads = 200, 128, 2
-    case = Case(n=n, batch=1, head_dim=head_dim, page_size=page_size, gap=False, hopper=(tile_rows, 3))
-    panels, boxes, row_blocks = head_dim // 64, -(-n // page_size), -(-n // tile_rows) * tile_rows // 64
-    stored = cases.check(host, case)["bulk_stores"] - cases.check(host, replace(case, stores=False))["bulk_stores"]
-    assert stored == heads * boxes * 2 * panels
-    assert cases.check(host, replace(case, stores=False))["bulk_stores"] == heads * row_blocks * panels
+    case = Case(n=n, batch=1, head_dim=head_dim, page_size=page_size, gap=False, grow=grow, hopper=(tile_rows, 3))
+    panels, row_blocks = head_dim // 64, -(-n // tile_rows) * tile_rows // 64
+    pages = -(-(n + grow) // page_size) - (grow > 0)
+    stored = cases.check(host, case)["bulk_stores"]
+    assert stored == heads * (pages * 2 + row_blocks) * panels
+    assert cases.check(host, replace(case, stores=False, grow=0))["bulk_stores"] == heads * row_blocks * panels
 
 
 @pytest.mark.parametrize("gap, grow", [(True, 0), (False, 5), (True, 11)])
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_stores_that_do_not_match_boxes(host, tile, gap, grow):
-    """A page already begun, or an empty entry in between: rows then come from global memory."""
+    """Rows that join a page already begun, or an empty entry in between: they come from global memory."""
     cases.check(host, Case(n=150, batch=1, gap=gap, grow=grow, hopper=tile))
 
 

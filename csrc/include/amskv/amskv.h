@@ -4,6 +4,7 @@
 // arena : (batch, kv_heads) int32               first page of this sequence-and-head's arena in the pool
 // slots : (batch|1, kv_heads|1, count) int32    page_offset << kRowsBits | rows, rows 1 … page_size, 0 = none
 //
+// Of a page named in part, the other rows must be finite: they may be fetched and weighed 0. Stores leave zeros there.
 // All pointers are device pointers to 16-bit elements. The caller makes the device current.
 #pragma once
 
@@ -75,7 +76,8 @@ struct Device {
 inline constexpr int32_t kLeastCapability = 80;
 inline constexpr int32_t kHopperCapability = 90;  // wgmma exists there and nowhere else
 
-// Which kernels a plan may choose from: the portable one alone, or the Hopper kernel where its tile table wants it.
+// Which kernels a plan may choose from: the portable one alone, or the Hopper kernel where its tile table wants it (on
+// compute capability 9.0, more than 64 tokens, head size 64 or 128, no stride of 0).
 enum class Kernels : int32_t { kPortable, kHopper };
 
 // The Hopper kernel's share of a plan.
