@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import operator
 import reprlib
+from numbers import Real
 from typing import SupportsIndex
+
+import torch
 
 
 def whole_number(name: str, value: object, least: int) -> int:
@@ -13,6 +16,13 @@ def whole_number(name: str, value: object, least: int) -> int:
     if number is None or number < least:
         raise ValueError(f"{name} is {value!r}; it must be a whole number ≥ {least}")
     return number
+
+
+def real_number(name: str, value: object) -> float:
+    """`value` as a float, NumPy's too, or a TypeError naming the argument."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} is {reprlib.repr(value)}; it must be a number")
+    return float(value)
 
 
 def one_of(name: str, value: object, choices: tuple[int, ...]) -> None:
@@ -31,6 +41,15 @@ def instance_of(name: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
         article = "an" if kind.__name__[0] in "AEIOU" else "a"
         raise TypeError(f"{name} is {reprlib.repr(value)}; it must be {article} {kind.__name__}")
+
+
+def check_device(name: str, device: torch.device | str) -> None:
+    """Raise ValueError where this torch cannot make tensors on a device that it knows by name."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{name} is {str(device)!r}; this torch cannot use it: {reason}") from error
 
 
 def check_index(name: str, value: object, count: int) -> None:

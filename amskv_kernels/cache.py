@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from amskv_kernels import ops  # noqa: F401 - registers torch.ops.amskv
-from amskv_kernels.arguments import instance_of
+from amskv_kernels.arguments import check_device, instance_of, whole_number
 from amskv_kernels.checks import check_pool, refuse_gradients
 from amskv_kernels.plan import CachePlan, Slots
 from amskv_kernels.selection import TokenSelector
@@ -31,7 +31,7 @@ class PagedKVCache:
 
     Raises:
         TypeError: a plan, dtype or device of another type.
-        ValueError: a size out of range, or an unknown device.
+        ValueError: a size out of range, or a device that torch does not know or cannot use.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class PagedKVCache:
     ) -> None:
         instance_of("plan", plan, CachePlan)
         check_pool(batch, kv_heads, head_dim, dtype, device)
+        check_device("device", device)
         if plan.heads not in (1, kv_heads):
             raise ValueError(f"kv_heads is {kv_heads}; this plan was made for {plan.heads} KV heads")
         self.plan = plan
@@ -110,11 +111,13 @@ class PagedKVCache:
             (B, n, H, D), contiguous.
 
         Raises:
+            TypeError: q, k or v is no tensor.
             ValueError: a call out of order, past the end, or with another batch or token count than planned;
                 what `torch.ops.amskv.attn` raises.
             RuntimeError: gradients would be needed; the op has none.
         """
         step = self.step
+        check_qkv(q, k, v)
         self._check_turn(step, layer, q)
         refuse_gradients(q, k, v)
         scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
@@ -132,6 +135,7 @@ class PagedKVCache:
         if step == len(schedule):
             raise ValueError(f"all {step} steps of schedule {schedule.name} are done; call reset() to start again")
         if layer != self.layer:
+            whole_number("layer", layer, 0)
             raise ValueError(f"layer is {layer}; the plan's next call is layer {self.layer} of step {step}")
         if q.dim() == 4 and q.shape[0] != self.batch:
             raise ValueError(f"q has batch {q.shape[0]}; this cache was made for {self.batch} sequences")
@@ -140,6 +144,12 @@ class PagedKVCache:
             raise ValueError(
                 f"q has {q.shape[1]} tokens; step {step} of schedule {schedule.name} has {h}·{w} = {h * w}"
             )
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise TypeError where one of them is no tensor."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        instance_of(name, tensor, Tensor)
 
 
 def _upload(plan: CachePlan, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:

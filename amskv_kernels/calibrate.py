@@ -12,6 +12,7 @@ which is not published; the number of strong history keys, K′, is a parameter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -117,10 +118,12 @@ def demanding_layers(
         count: the `count` layers of lowest mean similarity.
 
     Raises:
-        ValueError: not exactly one of theta and count, or a count outside 0 … L.
+        ValueError: not exactly one of theta and count, a theta that is no number, or a count outside 0 … L.
     """
     if (theta is None) == (count is None):
         raise ValueError("give exactly one of theta and count")
+    if theta is not None and math.isnan(theta):
+        raise ValueError("theta is nan; it must be a similarity to compare with")
     means = [sum(row[1:]) / max(1, len(row) - 1) for row in similarity]
     if theta is not None:
         return tuple(layer for layer, mean in enumerate(means) if mean < theta), theta
@@ -246,11 +249,19 @@ class AttentionRecorder:
         later = torch.arange(len(self.schedule) - 1, -1, -1).clamp_min(1)
         return (self._mass / (self._sequences * later)).tolist()
 
+    def check_count(self, count: int | None) -> None:
+        """Raise ValueError for a `count` that `drafters` would refuse, before anything is measured."""
+        choose_drafters([[0.0] * len(self.schedule)] * len(self._keys), count, self._first)
+
+    @property
+    def _first(self) -> int:
+        """The first scale whose history is longer than `top`."""
+        return sum(offset <= self.top for offset in self.schedule.offsets)
+
     def drafters(self, count: int | None = None, model: str = "unnamed") -> Drafters:
         """ScaleKV's drafters; `count` is N_d, see `choose_drafters`."""
         table = self.selectivity()
-        first = sum(offset <= self.top for offset in self.schedule.offsets)
-        layers = choose_drafters(table, count, first)
+        layers = choose_drafters(table, count, self._first)
         return Drafters(self.schedule.sizes, table, layers, self.top, self.images, model)
 
     def orders(self, protected: int = 3, model: str = "unnamed") -> HeadOrders:

@@ -8,7 +8,8 @@ from importlib import metadata
 
 import torch
 
-from amskv_kernels import ops
+from amskv_kernels import native, ops
+from amskv_kernels.memory import counted
 from amskv_kernels.version import __version__
 
 WIDTH = 100  # columns of the printed report
@@ -16,7 +17,7 @@ WIDTH = 100  # columns of the printed report
 
 def diagnose() -> dict[str, dict[str, str]]:
     """Versions, devices, and per device type and op the backend chosen with its reason."""
-    devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    devices = {"cpu": f"{platform.machine()}, {counted(torch.get_num_threads(), 'thread')}"}
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         devices[f"cuda:{i}"] = (
@@ -37,6 +38,7 @@ def diagnose() -> dict[str, dict[str, str]]:
             "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
             "triton": _version("triton"),
             "numpy": _version("numpy"),
+            "libamskv.so": _library(),
         },
         "devices": devices,
         "backends": backends,
@@ -55,6 +57,13 @@ def render(facts: dict[str, dict[str, str]]) -> str:
                 value, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False
             )
     return "\n".join(lines)
+
+
+def _library() -> str:
+    if (reason := native.why_not_loaded()) is not None:
+        return reason.removeprefix("libamskv.so ")
+    built = native.build_info()
+    return f"loaded, built with CUDA {built['cuda']} for {built['architectures']}"
 
 
 def _version(package: str) -> str:

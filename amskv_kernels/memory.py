@@ -56,6 +56,11 @@ class MemoryReport:
         return asdict(self)
 
 
+def counted(number: int, noun: str) -> str:
+    """The number with its noun: "1 image", "2 images"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def token_mib(shape: ModelShape, sequences: int, pair_bytes: int) -> float:
     """MiB of one token in one layer over all sequences and KV heads."""
     return shape.kv_heads * shape.head_dim * pair_bytes * sequences / MIB

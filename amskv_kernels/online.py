@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from amskv_kernels import ops  # noqa: F401 - registers torch.ops.amskv
-from amskv_kernels.arguments import check_index, instance_of, one_of, whole_number
+from amskv_kernels.arguments import check_device, check_index, instance_of, one_of, real_number, whole_number
+from amskv_kernels.cache import check_qkv
 from amskv_kernels.calibrate import key_similarity
 from amskv_kernels.checks import check_pool, refuse_gradients
 from amskv_kernels.layout import PAGE_SIZES
@@ -49,7 +50,8 @@ class OnlineKVCache:
 
     Raises:
         TypeError: a schedule, policy, theta, dtype or device of another type.
-        ValueError: a size or theta out of range, an unknown device, or a policy made for another number of layers.
+        ValueError: a size or theta out of range, a device that torch does not know or cannot use, or a policy made for
+            another number of layers.
     """
 
     def __init__(
@@ -69,12 +71,12 @@ class OnlineKVCache:
         instance_of("schedule", schedule, ScaleSchedule)
         instance_of("policy", policy, AMSKVCapacity)
         policy.check_layers(whole_number("num_layers", num_layers, 1))
-        if not isinstance(theta, (int, float)) or isinstance(theta, bool):
-            raise TypeError(f"theta is {theta!r}; it must be a number")
+        theta = real_number("theta", theta)
         if math.isnan(theta):
             raise ValueError("theta is nan; it must be a similarity to compare with")
         one_of("page_size", page_size, PAGE_SIZES)
         check_pool(batch, kv_heads, head_dim, dtype, device)
+        check_device("device", device)
         self.schedule, self.policy, self.theta, self.page_size = schedule, policy, theta, page_size
         self.num_layers, self.batch, self.kv_heads = num_layers, batch, kv_heads
         with torch.inference_mode(False):  # usable inside inference mode and outside
@@ -117,9 +119,12 @@ class OnlineKVCache:
 
         Arguments, result and errors as for `PagedKVCache.attend`.
         """
+        check_qkv(q, k, v)
         scale, expected = divmod(self._calls, self.num_layers)
         if scale == len(self.schedule):
             raise ValueError(f"all {scale} steps of schedule {self.schedule.name} are done; call reset()")
+        if layer != expected:
+            whole_number("layer", layer, 0)
         if layer != expected or k.shape[:2] != (self.batch, self.schedule.tokens[scale]):
             raise ValueError(
                 f"layer is {layer} with k of shape {tuple(k.shape)}; the next call is layer {expected} of step "

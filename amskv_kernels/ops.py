@@ -74,6 +74,8 @@ class _Setting:
 def backend(name: str) -> _Setting:
     """Force one implementation, "auto" to choose by itself again; in a `with` block, for its length.
 
+    "hopper" and "cuda" have attn and append; the other ops stay with who would serve them anyway.
+
     Raises:
         ValueError: no backend of that name.
     """

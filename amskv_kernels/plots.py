@@ -8,12 +8,30 @@ from typing import Any
 
 import numpy as np
 
-from amskv_kernels.memory import MIB
+from amskv_kernels.memory import MIB, counted
 from amskv_kernels.plan import CachePlan
 from amskv_kernels.policies import Calibration
 
+FORMATS = (".png", ".pdf")
 
-def _axes(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+
+def picture_path(name: str) -> Path:
+    """The file that a picture of this name goes to: a name without an ending gets `.png`.
+
+    Raises:
+        ValueError: no name, a directory, or another ending than `FORMATS`.
+        RuntimeError: there is no matplotlib to draw with.
+    """
+    path = Path(name)
+    if not path.name or name.endswith("/") or path.is_dir():
+        raise ValueError(f"{name!r} is {'a directory' if name else 'empty'}; it must name a file")
+    if path.suffix not in ("", *FORMATS):
+        raise ValueError(f"{name!r} ends in {path.suffix}; pictures are {' or '.join(FORMATS)}")
+    _pyplot()
+    return path if path.suffix else path.with_name(f"{path.name}.png")
+
+
+def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
@@ -21,15 +39,18 @@ def _axes(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def _axes(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    pyplot = _pyplot()
     return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", dpi=120)
 
 
 def _save(figure: Any, path: str | Path) -> None:
-    from matplotlib import pyplot
-
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
-    pyplot.close(figure)
+    _pyplot().close(figure)
 
 
 def timeline(plans: Mapping[str, CachePlan], token_bytes: Mapping[str, int], title: str, path: str | Path) -> None:
@@ -71,7 +92,7 @@ def similarity(calibration: Calibration, path: str | Path) -> None:
     axes.set_yticks(range(len(table)), marks)
     axes.set_xlabel("scale, compared with the one before")
     axes.set_ylabel("layer (* cache-demanding)")
-    axes.set_title(f"Key similarity of {calibration.model}, {calibration.images} images")
+    axes.set_title(f"Key similarity of {calibration.model}, {counted(calibration.images, 'image')}")
     _save(figure, path)
 
 

@@ -12,6 +12,7 @@ python -m benchmarks docs                     fill README.md and docs/ and draw 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -32,13 +33,17 @@ from benchmarks.cases import (
     groups,
     kernel_cases,
 )
-from benchmarks.results import FOLDER, Run, committed
+from benchmarks.results import FOLDER, Run, UnreadableResultError, committed
 from benchmarks.roofs import GPUS, measure_ceilings
 from benchmarks.suites import Context, Task, run_tasks
 from benchmarks.tables import show
 
 GPU_SUITES = ("kernel", "module", "image", "plan")
 CPU_SUITES = ("cpu", "plan", "roof")
+RUNS_ON = {
+    "cpu": ("cpu",), "image": ("cuda", "cpu"), "kernel": ("cuda",), "module": ("cuda", "cpu"),
+    "plan": ("cuda", "cpu"), "roof": ("cuda", "cpu"),
+}  # fmt: skip
 
 
 def kernel_suite(context: Context) -> list[Case]:
@@ -65,63 +70,95 @@ def cpu_cases(context: Context) -> list[Case]:
             try:
                 groups((model, policy))
             except ValueError as error:
-                context.absent[policy] = f"not available yet: {error}"
+                context.absent[policy] = str(error)
                 continue
             cases.append(Case(model, policy, images, dtype))
     return cases
 
 
+def module_cases(context: Context) -> list[Case]:
+    """The kernel suite's cases; on a CPU those of one image."""
+    if context.device == "cuda":
+        return kernel_suite(context)
+    return [case for case in cpu_cases(context) if case.images == 1]
+
+
 def plan_tasks(suites: Sequence[str], context: Context, gpu: str) -> list[Task]:
-    """Every row of these suites."""
+    """Every row of these suites, once."""
     tasks: list[Task] = []
     for suite in suites:
         if suite == "cpu":
-            cases = cpu_cases(context)
-            tasks += suite_steps.tasks("cpu", cases, context)
-            tasks += suite_module.tasks("module", [case for case in cases if case.images == 1], context)
+            tasks += suite_steps.tasks("cpu", cpu_cases(context), context)
+            tasks += suite_module.tasks("module", module_cases(context), context)
             tasks += suite_image.tasks(context)
         elif suite == "kernel":
             tasks += suite_steps.tasks("kernel", kernel_suite(context), context)
         elif suite == "module":
-            tasks += suite_module.tasks("module", kernel_suite(context), context)
+            tasks += suite_module.tasks("module", module_cases(context), context)
         elif suite == "image":
             tasks += suite_image.tasks(context)
         elif suite == "plan":
             tasks += plans.tasks(context)
         else:
             tasks += suite_roof.tasks(gpu, context)
-    return tasks
+    return list({task.key: task for task in tasks}.values())
+
+
+def seconds(text: str) -> float:
+    """A positive time; argparse says this name where the text is none."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0")
+    return float(text)
+
+
+def threads(text: str) -> int:
+    """At least one."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of threads; it must be at least 1")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = sorted({*GPU_SUITES, *CPU_SUITES})
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=", ".join(known))
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=", ".join(RUNS_ON))
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: at most four minutes")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     parser.add_argument("--roof", choices=tuple(GPUS), default="h200", help="GPU to predict for (default h200)")
     parser.add_argument("--out", type=Path, help="result file (default benchmarks/results/MACHINE.json)")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no further row after this long")
-    parser.add_argument("--threads", type=int, help="of the processor (default: what torch takes)")
+    parser.add_argument("--budget", type=seconds, metavar="SECONDS", help="begin no further row after this long")
+    parser.add_argument("--threads", type=threads, help="of the processor (default: what torch takes)")
     parser.add_argument("--fresh", action="store_true", help="do not continue an unfinished file")
     parser.add_argument("--no-docs", action="store_true", help="leave README.md and docs/ as they are")
     return parser
 
 
-def run_suites(argv: Sequence[str]) -> int:
-    """Measure; 1 if any of our results was wrong."""
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments, with the device and the suites that were not named; exits where this machine cannot run them."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    unknown = set(arguments.suites) - {*GPU_SUITES, *CPU_SUITES}
-    if unknown:
-        parser.error(f"suite {unknown.pop()!r} is not known; known: {', '.join(sorted({*GPU_SUITES, *CPU_SUITES}))}")
+    arguments.device = device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda; this torch sees no GPU")
+    runnable = ", ".join(suite for suite, devices in RUNS_ON.items() if device in devices)
+    for suite in arguments.suites:
+        if suite not in RUNS_ON:
+            parser.error(f"suite {suite!r} is not known; known: {', '.join(RUNS_ON)}")
+        if device not in RUNS_ON[suite]:
+            where = "needs a GPU" if device == "cpu" else "needs --device cpu"
+            parser.error(f"suite {suite!r} {where}; what runs on {device}: {runnable}")
+    arguments.suites = arguments.suites or list(GPU_SUITES if device == "cuda" else CPU_SUITES)
+    return arguments
+
+
+def run_suites(argv: Sequence[str]) -> int:
+    """Measure; 1 if any of our results was wrong."""
+    arguments = _parse(argv)
+    device, suites = arguments.device, arguments.suites
     deadline = None if arguments.budget is None else time.monotonic() + arguments.budget
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if arguments.threads:
+    if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    suites = arguments.suites or list(GPU_SUITES if device == "cuda" else CPU_SUITES)
     facts = machine.describe(device)
     commit, dirty = machine.commit()
     path = arguments.out or FOLDER / f"{machine.slug(facts)}{'-quick' if arguments.quick else ''}.json"
@@ -166,7 +203,15 @@ def write_docs() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """One command."""
+    """One command; 2 where a file given is no result."""
+    try:
+        return _run(argv)
+    except UnreadableResultError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(argv: Sequence[str]) -> int:
     command, rest = (argv[0] if argv else ""), list(argv[1:])
     if command == "compare":
         return compare.main(rest)

@@ -173,7 +173,7 @@ def kernel_cases(
             try:
                 most = largest_batch(Case(model, policy, 1), free)
             except ValueError as error:
-                yield f"{model}/{policy}", f"not available yet: {error}"
+                yield f"{model}/{policy}", str(error)
                 continue
             for count in (*(i for i in images if i <= most), *([most] if most not in images and most > 0 else [])):
                 yield Case(model, policy, count)

@@ -1,4 +1,4 @@
-"""What became faster or slower from A to B; the exit code is 1 if anything became slower."""
+"""What became faster or slower from A to B; exit code 1 if anything became slower, 2 without a comparison."""
 
 from __future__ import annotations
 
@@ -80,7 +80,11 @@ def render(title: str, found: Sequence[Change], most: int = 30) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Compare two files."""
+    """Compare two files.
+
+    Raises:
+        UnreadableResultError: one of them is not a result.
+    """
     parser = argparse.ArgumentParser(prog="python -m benchmarks compare", description=__doc__)
     parser.add_argument("before", type=Path, metavar="A.json")
     parser.add_argument("after", type=Path, metavar="B.json")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from amskv_kernels.memory import counted
+
 SOURCES = (".py", ".json", ".cu", ".cuh", ".h", ".cpp")
 ROOT = Path(__file__).parent.parent
 
@@ -52,8 +54,7 @@ def describe(device: str) -> dict[str, object]:
 def summary(machine: dict) -> str:
     """One phrase for captions."""
     if machine["device"] == "cpu":
-        threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
-        return f"{machine['name']}, {threads}, torch {machine['torch']}"
+        return f"{machine['name']}, {counted(machine['threads'], 'thread')}, torch {machine['torch']}"
     return f"{machine['name']}, driver {machine['driver']}, torch {machine['torch']}, Triton {machine['triton']}"
 
 

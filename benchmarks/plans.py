@@ -29,7 +29,7 @@ def tasks(context: Context) -> Iterator[Task]:
             try:
                 parse_policy(policy, shape.schedule, shape.layers)
             except ValueError as error:
-                context.absent[policy] = f"not available yet: {error}"
+                context.absent[policy] = str(error)
                 continue
             repetitions = 5 if context.quick else REPETITIONS
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from amskv_kernels.memory import counted
 from benchmarks import plots, tables, targets
 from benchmarks.results import committed, newest, rows
 
@@ -86,7 +87,7 @@ def _steps(suite: str) -> Callable[[Result], str]:
             if case[:2] not in STEPS or case[2] != (1 if suite == "cpu" else 64):
                 continue
             own = [row for row in rows(result, suite) if tables.case_of(row) == case]
-            title = f"**{case[0]}, `{case[1]}`, {case[2]} image(s) with guidance, {case[3]}**"
+            title = f"**{case[0]}, `{case[1]}`, {counted(case[2], 'image')} with guidance, {case[3]}**"
             parts.append(f"{title}\n\n{tables.steps(own, 'github')}")
         return "\n\n".join([*parts, f"{PEERS_NOTE} {tables.caption(result)}"])
 
@@ -97,7 +98,7 @@ def _roofs(result: Result) -> str:
     found = rows(result, "roof")
     wanted = [row for row in found if row["images"] == 64]
     first = next((row for row in found if (row["model"], row["policy"]) == STEPS[0]), found[0])
-    title = f"{first['model']}, `{first['policy']}`, {first['images']} images with guidance, bf16"
+    title = f"{first['model']}, `{first['policy']}`, {counted(first['images'], 'image')} with guidance, bf16"
     return (
         f"**Prediction, nothing measured**: the least times that bytes and operations allow on one "
         f"{first['gpu'].upper()}, {first['ceilings']}.\n\n{tables.roofs(wanted, 'github')}\n\n"
@@ -143,6 +144,11 @@ def _evaluation() -> str:
     )  # fmt: skip
 
 
+def _cpu(machine: dict[str, str]) -> str:
+    """The processor as the examples name it; older results say "1 threads"."""
+    return re.sub(r"\b1 threads$", "1 thread", machine["cpu"])
+
+
 def _shootout() -> str:
     from examples.digits import shootout
 
@@ -152,7 +158,7 @@ def _shootout() -> str:
     machine = result["machine"]
     return (
         f"{shootout.render(result['rows'], 'github')}\n\n{result['images']} digits per row with guidance, fp32; "
-        f"{machine.get('gpu', machine['cpu'])}, torch {machine['torch']} "
+        f"{machine.get('gpu', _cpu(machine))}, torch {machine['torch']} "
         f"(`examples/digits/results/{SHOOTOUT.name}`).\n\n"
         f"PSNR ahead of a rival, in dB ± standard error, by the share of bytes allowed:\n\n"
         f"{shootout.margins(result['rows'], 'github')}\n\n"

@@ -16,8 +16,14 @@ FORMAT = 1
 SAVE_EVERY = 2.0  # seconds; what a killed run loses at most
 # A file continues only what these say is the same run.
 SAME_RUN = ("format", "sources", "machine", "quick")
+# What every reader of a result asks for.
+REQUIRED = {"commit": str, "machine": dict, "missing": dict, "quick": bool, "rows": list, "started": str}
 
 Row = dict[str, Any]
+
+
+class UnreadableResultError(ValueError):
+    """A file that is no result; the message names it."""
 
 
 class Run:
@@ -92,7 +98,7 @@ def _now() -> str:
 def _existing(path: Path) -> dict[str, Any] | None:
     try:
         return read(path)
-    except (OSError, ValueError):
+    except UnreadableResultError:
         return None
 
 
@@ -100,16 +106,32 @@ def read(path: Path) -> dict[str, Any]:
     """A result file.
 
     Raises:
-        ValueError: it is not one.
+        UnreadableResultError: it is not one, or cannot be read.
     """
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or found.get("format") != FORMAT or "rows" not in found:
-        raise ValueError(f"{path} is not a result of python -m benchmarks (format {FORMAT})")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
+        raise UnreadableResultError(f"{path} cannot be read: {reason}") from error
+    if not _is_result(found):
+        raise UnreadableResultError(f"{path} is not a result of python -m benchmarks (format {FORMAT})")
     return found
 
 
+def _is_result(found: object) -> bool:
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        return False
+    if not all(isinstance(found.get(name), kind) for name, kind in REQUIRED.items()):
+        return False
+    return "device" in found["machine"] and all(isinstance(row, dict) and "key" in row for row in found["rows"])
+
+
 def committed(paths: Iterable[Path] | None = None) -> list[dict[str, Any]]:
-    """The results given, or all in the folder, the newest first; each knows its file's name."""
+    """The results given, or all in the folder, the newest first; each knows its file's name.
+
+    Raises:
+        UnreadableResultError: one of them is not a result.
+    """
     found = []
     for path in FOLDER.glob("*.json") if paths is None else paths:
         found.append({**read(path), "file": path.name})

@@ -152,7 +152,7 @@ def available(model: str, context: Context) -> list[str]:
         try:
             build_plan(model, cache)
         except ValueError as error:
-            context.absent[f"image/{cache}"] = f"not available yet: {error}"
+            context.absent[f"image/{cache}"] = str(error)
             continue
         found.append(cache)
     return found

@@ -20,7 +20,7 @@ def tasks(gpu: str, context: Context) -> Iterator[Task]:
             try:
                 groups((model, policy))
             except ValueError as error:
-                context.absent[policy] = f"not available yet: {error}"
+                context.absent[policy] = str(error)
                 continue
             for images in IMAGES[:1] if context.quick else IMAGES:
                 case = Case(model, policy, images)

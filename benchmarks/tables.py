@@ -230,7 +230,8 @@ def missing(result: Result, most: int = 40) -> str:
     """What could not be measured, with the reason; the same reason once."""
     reasons: dict[str, list[str]] = {}
     for what, why in result["missing"].items():
-        reasons.setdefault(why, []).append(what)
+        # Older results say so even of what only lacks a file.
+        reasons.setdefault(why.removeprefix("not available yet: "), []).append(what)
     for row in result["rows"]:
         for name, why in row.get("missing", {}).items():
             names = reasons.setdefault(why, [])

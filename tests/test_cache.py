@@ -57,6 +57,7 @@ def test_softmax_scale_is_passed_on():
     [
         (lambda c: c.attend(1, *qkv(1)), "layer is 1; the plan's next call is layer 0 of step 0"),
         (lambda c: c.attend(0, *qkv(4)), "q has 4 tokens; step 0 of schedule custom has 1·1 = 1"),
+        (lambda c: c.attend("0", *qkv(1)), "layer is '0'; it must be a whole number ≥ 0"),
         (lambda c: c.attend(0, *qkv(1, batch=3)), "q has batch 3; this cache was made for 2 sequences"),
         (
             lambda c: c.attend(0, *qkv(1, head_dim=96)),
@@ -103,6 +104,8 @@ def test_gradients_are_refused():
         ({"head_dim": 64.0}, r"head_dim is 64.0; it must be one of \(64, 96, 128\)"),
         ({"batch": 2**40}, "page numbers are 32-bit"),
         ({"device": "gpu"}, "device is 'gpu'; it must be one that torch knows, such as 'cpu' or 'cuda:0'"),
+        ({"device": "mps"}, "device is 'mps'; this torch cannot use it: "),
+        ({"device": "xpu"}, "device is 'xpu'; this torch cannot use it: "),
         ({"device": "cuda:99"}, r"device is cuda:99; it must be one of the \d+ that torch sees"),
     ],
 )
@@ -123,6 +126,15 @@ def test_bad_sizes_and_devices_are_refused(arguments, message):
 def test_bad_types_are_refused(arguments, message):
     with pytest.raises(TypeError, match=message):
         cache_for(**arguments)
+
+
+@pytest.mark.parametrize("missing", ["q", "k", "v"])
+def test_what_is_no_tensor_is_named(missing):
+    cache = cache_for()
+    tensors = dict(zip("qkv", qkv(1), strict=True)) | {missing: None}
+    with pytest.raises(TypeError, match=f"{missing} is None; it must be a Tensor"):
+        cache.attend(0, **tensors)
+    assert (cache.step, cache.layer) == (0, 0)
 
 
 def test_a_plan_must_be_a_plan():

@@ -1,5 +1,6 @@
 """Key similarity, the recorder and the online mode, on small random models."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,6 +107,7 @@ def test_calibration_is_written_read_and_drawn(tmp_path):
     [
         (lambda: demanding_layers(((0.0, -1.0),)), "give exactly one of theta and count"),
         (lambda: demanding_layers(((0.0, -1.0),), theta=-1, count=1), "give exactly one of theta and count"),
+        (lambda: demanding_layers(((0.0, -1.0),), theta=float("nan")), "theta is nan; it must be a similarity"),
         (lambda: demanding_layers(((0.0, -1.0),), count=2), "count is 2; it must be within 0 … 1"),
         (lambda: SimilarityRecorder(SCHEDULE, 2).similarity(), "no whole generation"),
         (lambda: SimilarityRecorder(SCHEDULE, 2).observe(1, torch.zeros(2, 1, 2, 64)), "the next call is layer 0"),
@@ -118,6 +120,11 @@ def test_misuse_is_named(make, message):
 
 
 CAPACITY = AMSKV.with_capacity(9, 26, condensed=2)
+
+
+def test_theta_may_be_a_number_of_numpys():
+    for theta in (1, np.float32(1), np.float64(1), np.int64(1)):
+        assert online(theta).theta == 1.0
 
 
 def online(theta, policy=CAPACITY, page_size=16):
@@ -165,6 +172,10 @@ def test_online_misuse_is_named():
     q, k, v = torch.randn(3, 2, 4, 2, 64)
     with pytest.raises(ValueError, match=r"layer is 0 with k of shape \(2, 4, 2, 64\); the next call is layer 0 of"):
         cache.attend(0, q, k, v)
+    with pytest.raises(ValueError, match="layer is '0'; it must be a whole number"):
+        cache.attend("0", q[:, :1], k[:, :1], v[:, :1])
+    with pytest.raises(TypeError, match="k is None; it must be a Tensor"):
+        cache.attend(0, q[:, :1], None, v[:, :1])
     with pytest.raises(ValueError, match="the next call is layer 0 of step 0, 2 sequences of 1 tokens"):
         cache.attend(1, q[:, :1], k[:, :1], v[:, :1])
 
@@ -181,6 +192,7 @@ def test_online_misuse_is_named():
         ({"kv_heads": True}, ValueError, "kv_heads is True; it must be a whole number ≥ 1"),
         ({"head_dim": 80}, ValueError, "head_dim is 80; it must be one of"),
         ({"dtype": torch.int8}, TypeError, "dtype is torch.int8; it must be one of"),
+        ({"device": "mps"}, ValueError, "device is 'mps'; this torch cannot use it: "),
         ({"device": "gpu"}, ValueError, "device is 'gpu'; it must be one that torch knows"),
         ({"page_size": 17}, ValueError, r"page_size is 17; it must be one of \(16, 32, 64, 128\)"),
     ],

@@ -17,6 +17,9 @@ VAR_SIZES = {"depth": 2, "embed_dim": 64, "num_heads": 1, "vocab_size": 32, "z_c
 VAE_SIZES = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "z_channels": 8, "vocab_size": 32}
 
 
+CALIBRATE = ["calibrate", "--var", "no.pth", "--vae", "no.pth"]
+
+
 def run(capsys, *argv):
     try:
         code = main(argv)
@@ -63,6 +66,15 @@ def test_plan_draws(capsys, tmp_path):
     assert code == 0
     assert str(tmp_path) in out
     assert (tmp_path / "p" / "plan.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_plan_says_where_the_picture_is(capsys, tmp_path):
+    _, out, _ = run(
+        capsys, "plan", "--model", "var-d16", "--policy", "full", "--plot", str(tmp_path / "plan"), "--no-cfg"
+    )
+    assert f"plot       {tmp_path / 'plan.png'}\n" in out
+    assert (tmp_path / "plan.png").exists()
+    assert "1 image = 1 sequence, bf16" in out
 
 
 def test_plan_reports_scalekv_as_its_paper_does(capsys):
@@ -152,6 +164,21 @@ def test_calibrate_measures_attention(checkpoints, capsys, method, policy, more)
         (["plan", "--model", "var-d30", "--policy", "full", "--schedule", "x"], "schedule 'x' is not a published one"),
         (["plan", "--model", "var-d30"], "required: --policy"),
         (["frobnicate"], "invalid choice: 'frobnicate'"),
+        (["plan", "--model", "var-d30", "--policy", "full", "--plot", "/tmp"], "--plot: '/tmp' is a directory"),
+        (["plan", "--model", "var-d30", "--policy", "full", "--plot", ""], "--plot: '' is empty; it must name a file"),
+        ([*CALIBRATE, "--count", "1", "--plot", "x.xyz"], "--plot: 'x.xyz' ends in .xyz; pictures are .png or .pdf"),
+        ([*CALIBRATE, "--count", "1", "--out", "/tmp"], "--out: '/tmp' is a directory; it must name a file"),
+        ([*CALIBRATE, "--count", "1", "--out", ""], "--out: '' is empty; it must name a file"),
+        ([*CALIBRATE, "--theta", "nan"], "--theta: nan is not finite; it must be a similarity to compare with"),
+        ([*CALIBRATE, "--theta", "low"], "--theta: invalid number value: 'low'"),
+        ([*CALIBRATE, "--count", "1", "--device", "tpu"], "--device: 'tpu' is not one to measure on; it must be cpu"),
+        ([*CALIBRATE, "--count", "1", "--device", "meta"], "--device: 'meta' is not one to measure on; it must be cpu"),
+        ([*CALIBRATE, "--count", "1", "--device", "cuda:99"], "--device: cuda:99 is not there; torch sees"),
+        ([*CALIBRATE, "--count", "1", "--seed", "99999999999999999999"], "is out of range; a seed has 64 bits"),
+        ([*CALIBRATE, "--count", "1", "--top", "4"], "--top means nothing to --method similarity, whose own options"),
+        ([*CALIBRATE, "--method", "asi", "--theta", "0"], "--theta means nothing to --method asi"),
+        ([*CALIBRATE, "--method", "asi", "--plot", "x.png"], "whose own options are --count, --top"),
+        ([*CALIBRATE, "--method", "scas", "--count", "1"], "--count means nothing to --method scas"),
         (["calibrate", "--var", "no.pth", "--vae", "no.pth"], "give --theta or --count"),
         (["calibrate", "--var", "no.pth", "--vae", "no.pth", "--count", "1"], "no.pth cannot be read"),
         (
@@ -167,6 +194,29 @@ def test_errors_are_one_line_and_exit_code_2(capsys, argv, message):
     assert message in err
     assert err.startswith("amskv: ")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ["--count", "1", "--model", "var-d16"],
+            "var.safetensors carries its own sizes, which are not those of var-d16",
+        ),
+        (["--count", "1", "--model", "foo"], "model 'foo' is not a released one"),
+        (["--method", "asi", "--count", "99", "--top", "4"], "count is 99; there are 4 pairs of a layer and a scale"),
+        (["--method", "scas", "--protected", "3"], "--protected is 3; it must be within 0 … 2"),
+        (["--count", "3"], "--count is 3; it must be within 0 … 2"),
+    ],
+)
+def test_what_a_model_cannot_have_is_refused_before_it_is_measured(checkpoints, capsys, monkeypatch, more, message):
+    monkeypatch.setattr(VAR, "generate", None)
+    code, _, err = run(
+        capsys, "calibrate", "--var", str(checkpoints / "var.safetensors"), "--vae",
+        str(checkpoints / "vae.safetensors"), "--out", str(checkpoints / "m.json"), *more,
+    )  # fmt: skip
+    assert code == 2
+    assert message in err
 
 
 def test_a_pth_needs_its_model_named(checkpoints, capsys):
@@ -194,6 +244,20 @@ def test_doctor_tells_backends(capsys):
     assert "\n  attn on cpu " in out
     assert max(map(len, out.splitlines())) <= 100
     assert json.loads(run(capsys, "doctor", "--json")[1])["versions"]["torch"].startswith(torch.__version__)
+
+
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        (None, "loaded, built with CUDA 13.0 for 8.0, 9.0a, PTX 8.0"),
+        ("libamskv.so was not built (install with nvcc at hand)", "was not built (install with nvcc at hand)"),
+    ],
+)
+def test_doctor_tells_whether_the_library_loads(capsys, monkeypatch, reason, shown):
+    monkeypatch.setattr("amskv_kernels.native.why_not_loaded", lambda: reason)
+    built = {"cuda": "13.0", "architectures": "8.0, 9.0a, PTX 8.0"}
+    monkeypatch.setattr("amskv_kernels.native.build_info", lambda: built)
+    assert json.loads(run(capsys, "doctor", "--json")[1])["versions"]["libamskv.so"] == shown
 
 
 def test_the_first_screen_says_what_to_do():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
+import torch
 
 from benchmarks import gpu_session
 from benchmarks.gpu_session import Step
@@ -43,6 +45,19 @@ def test_a_session_keeps_its_time(kept):
     wanted = [Step("hangs", (*PYTHON, "import time; time.sleep(60)"), 60), Step("late", (*PYTHON, "1"), 60)]
     found = [outcome.result for outcome in gpu_session.session(wanted, kept, 2)]
     assert found == ["stopped after 2 s", "left out: no time left"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
+def test_gpu_tests_asked_for_without_a_gpu_fail():
+    command = [sys.executable, "-m", "pytest", "tests/gpu/test_native_gpu.py", "-p", "no:cacheprovider"]
+    asked, plain = (
+        subprocess.run([*command, *more], cwd=gpu_session.ROOT, capture_output=True, text=True)
+        for more in (["-m", "gpu"], [])
+    )
+    assert asked.returncode == 5
+    assert "no GPU: -m gpu asks for the tests that need one" in asked.stdout + asked.stderr
+    assert plain.returncode == 0
+    assert "skipped" in plain.stdout
 
 
 def test_every_step_names_what_there_is(monkeypatch, capsys):

@@ -1,6 +1,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -127,6 +128,9 @@ def test_for_saving_takes_the_ranking():
         (lambda: AMSKV.with_capacity(4, 9).visible(VAR_256, 0, 5), "cannot hold the 2 condensed scales"),
         (lambda: AMSKV.for_saving(VAR_256, 4, 0.999), "saved is 0.9990; with 2 condensed scales"),
         (lambda: AMSKV.for_saving(VAR_256, 4, 0.0), "saved is 0.0000"),
+        (lambda: AMSKV.for_saving(VAR_256, 1.5, 0.5), "num_layers is 1.5; it must be a whole number ≥ 1"),
+        (lambda: AMSKV.for_saving(VAR_256, 0, 0.5), "num_layers is 0; it must be a whole number ≥ 1"),
+        (lambda: AMSKV.with_capacity(9, 9, demanding_layers=3), "demanding_layers is 3; it must be a sequence"),
         (lambda: AMSKV.for_saving(VAR_256, 2, 0.5, ranking=[0, 0]), r"it must name each of the layers 0 … 1 once"),
         (lambda: AMSKV(demanding_layers=(4,)).check_layers(4), "names layer 4; this model has layers 0 … 3"),
         (
@@ -140,6 +144,22 @@ def test_for_saving_takes_the_ranking():
 def test_bad_settings_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AMSKV.for_saving("var-256", 4, 0.5), "schedule is 'var-256'; it must be a ScaleSchedule"),
+        (lambda: AMSKV.for_saving(VAR_256, 4, "0.75"), "saved is '0.75'; it must be a number"),
+    ],
+)
+def test_settings_of_another_type_are_named(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_numpy_numbers_are_numbers():
+    assert AMSKV.for_saving(VAR_256, np.int64(4), np.float32(0.75)) == AMSKV.for_saving(VAR_256, 4, 0.75)
 
 
 AMSKV_FORM = "ams-kv:SAVED | ams-kv:SAVED@CALIBRATION.json"

@@ -231,6 +231,8 @@ def build(policy, schedule=VAR_256, layers=3, heads=2):
         (lambda: ScaleKV(drafters=()), "drafters is empty"),
         (lambda: ScaleKV(drafters=((1, 1),)), "no layer may stand in it twice"),
         (lambda: build(ScaleKV(drafters=((7,),))), "drafters names layer 7; this model has layers 0 … 2"),
+        (lambda: ScaleKV(drafters=[99]), r"drafters\[0\] is 99; it must be a sequence of layer numbers"),
+        (lambda: ScaleKV(drafters=99), "drafters is 99; it must be a sequence of tuples of layers"),
         (lambda: H2O(recent=2.0), "recent is 2.0; it must be within 0 … 1"),
         (lambda: HeatKV(0, orders(VAR_256, 3, 2)), "budget is 0; it must be above 0 and at most 1"),
         (lambda: build(HeatKV(0.01, orders(VAR_256, 3, 2))), "must hold the 14 tokens of the 3 protected scales"),
@@ -264,6 +266,27 @@ def build(policy, schedule=VAR_256, layers=3, heads=2):
 def test_bad_settings_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("policy", [ScaleKV, SnapKV, PyramidKV, H2O, Recent])
+@pytest.mark.parametrize("budget", [-1, None, "0.1", True, float("nan"), -0.5])
+def test_a_bad_budget_is_refused_at_once(policy, budget):
+    with pytest.raises(ValueError, match=f"budget is {budget!r}; "):
+        policy(budget)
+
+
+def test_heatkv_takes_a_number_and_head_orders():
+    with pytest.raises(TypeError, match=r"orders is \[\]; it must be a HeadOrders"):
+        HeatKV(0.1, [])
+    for budget in ("0.1", True, None):
+        with pytest.raises(TypeError, match=f"budget is {budget!r}; it must be a number"):
+            HeatKV(budget, orders(VAR_256, 3, 2))
+
+
+def test_an_empty_head_order_is_named(tmp_path):
+    (tmp_path / "o.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"head order .*o.json is corrupt: the order is empty"):
+        parse_policy(f"heatkv:5@{tmp_path / 'o.json'}", VAR_256, 3)
 
 
 def test_a_corrupt_head_order_is_named(tmp_path):

@@ -39,16 +39,20 @@ def load(
     Args:
         var: `var_d16.pth` … `var_d36.pth`, or safetensors that `save` wrote.
         vae: `vae_ch160v4096z32.pth`, or safetensors that `save` wrote.
-        model: "var-d16" … "var-d36", needed for `.pth`, whose files do not carry their sizes.
+        model: "var-d16" … "var-d36", needed for `.pth`, whose files do not carry their sizes; other files
+            must be of that model.
         device: where to put them.
 
     Raises:
-        ValueError: a file that cannot be read, has no sizes, or does not fit them; the message names the file.
+        ValueError: a file that cannot be read, has no sizes, does not fit them, or is of another model than
+            named; the message names the file.
     """
     var_state, var_sizes, schedule = _read(Path(var))
     vae_state, vae_sizes, vae_schedule = _read(Path(vae))
     if var_sizes is not None:
         config = _configure(VARConfig, var, var_sizes, schedule)
+        if model is not None and VARConfig.named(model) != config:
+            raise ValueError(f"{var} carries its own sizes, which are not those of {model}")
     elif model is not None:
         config = VARConfig.named(model)
     else:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from amskv_kernels.arguments import whole_number
+from amskv_kernels.arguments import instance_of, real_number, whole_number
 from amskv_kernels.policies.base import HeadPolicy
 from amskv_kernels.policies.files import check_fits, read_json
 from amskv_kernels.schedule import ScaleSchedule
@@ -74,6 +74,8 @@ class HeadOrders:
         fields: dict[str, Any] = raw if isinstance(raw, dict) else {"orders": raw}
         try:
             orders = tuple(tuple((int(head), int(layer)) for head, layer in order) for order in fields["orders"])
+            if not orders:
+                raise ValueError("the order is empty")
             sizes = fields.get("schedule")
             schedule = None if sizes is None else ScaleSchedule(sizes).sizes
             return cls(orders, schedule, int(fields.get("images", 0)), str(fields.get("model", Path(path).stem)))
@@ -111,6 +113,7 @@ class HeatKV(HeadPolicy):
         orders: see `HeadOrders`; the scales before its first are protected.
 
     Raises:
+        TypeError: a budget that is no number, or orders of another type.
         ValueError: a budget outside (0, 1]; later, orders of another model, or a budget without room for the
             protected scales.
     """
@@ -119,7 +122,8 @@ class HeatKV(HeadPolicy):
     orders: HeadOrders
 
     def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1:
+        instance_of("orders", self.orders, HeadOrders)
+        if not 0 < real_number("budget", self.budget) <= 1:
             raise ValueError(f"budget is {self.budget!r}; it must be above 0 and at most 1")
         object.__setattr__(self, "_reads", {})
 

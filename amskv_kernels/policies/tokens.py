@@ -8,14 +8,14 @@ the share of the tokens of all scales but the last, as ScaleKV counts.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from amskv_kernels.arguments import whole_number
+from amskv_kernels.arguments import real_number, whole_number
 from amskv_kernels.policies.base import Selection, TokenPolicy, check_layers_exist, layer_set
 from amskv_kernels.policies.files import check_fits, finite_table, read_fields
 from amskv_kernels.schedule import ScaleSchedule
@@ -31,17 +31,24 @@ FLOOR = 200 / 650
 PAPER_REFINER = (600 / 650, 70 / 650)
 
 
+def check_budget(budget: Budget) -> None:
+    """Raise ValueError where the budget is neither a whole number ≥ 1 nor a share in (0, 1]."""
+    if not isinstance(budget, float):
+        whole_number("budget", budget, 1)
+    elif not 0 < budget <= 1:
+        raise ValueError(f"budget is {budget!r}; as a share of the tokens it must be above 0 and at most 1")
+
+
 def budget_tokens(budget: Budget, schedule: ScaleSchedule) -> int:
     """The mean tokens per head and layer that a budget means on `schedule`.
 
     Raises:
         ValueError: the budget is neither a whole number ≥ 1 nor a share in (0, 1].
     """
-    if isinstance(budget, float) and 0 < budget <= 1:
+    check_budget(budget)
+    if isinstance(budget, float):
         published = PUBLISHED_MEANS.get(budget) if schedule == ScaleSchedule.named("infinity-1m-1.000") else None
         return max(1, round(budget * schedule.prefix)) if published is None else published
-    if isinstance(budget, float):
-        raise ValueError(f"budget is {budget!r}; as a share of the tokens it must be above 0 and at most 1")
     return whole_number("budget", budget, 1)
 
 
@@ -156,12 +163,16 @@ class ScaleKV(TokenPolicy):
     refiner: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        check_budget(self.budget)
         if self.mode not in ("released", "paper"):
             raise ValueError(f"mode is {self.mode!r}; it must be 'released' or 'paper'")
         if self.drafters is not None:
-            if not self.drafters:
+            if not isinstance(self.drafters, Iterable):
+                raise ValueError(f"drafters is {self.drafters!r}; it must be a sequence of tuples of layers")
+            sets = tuple(layer_set(f"drafters[{i}]", each) for i, each in enumerate(self.drafters))
+            if not sets:
                 raise ValueError("drafters is empty; give one tuple of layers at least")
-            object.__setattr__(self, "drafters", tuple(layer_set("drafters", each) for each in self.drafters))
+            object.__setattr__(self, "drafters", sets)
         if self.floor is not None:
             whole_number("floor", self.floor, 1)
 
@@ -220,6 +231,7 @@ class SnapKV(TokenPolicy):
     window: int = 16
 
     def __post_init__(self) -> None:
+        check_budget(self.budget)
         whole_number("window", self.window, 1)
 
     @property
@@ -243,6 +255,7 @@ class PyramidKV(TokenPolicy):
     beta: int = 20
 
     def __post_init__(self) -> None:
+        check_budget(self.budget)
         whole_number("window", self.window, 1)
         whole_number("beta", self.beta, 1)
 
@@ -280,7 +293,8 @@ class H2O(TokenPolicy):
     recent: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.recent <= 1:
+        check_budget(self.budget)
+        if not 0 <= real_number("recent", self.recent) <= 1:
             raise ValueError(f"recent is {self.recent!r}; it must be within 0 … 1")
 
     @property
@@ -302,6 +316,7 @@ class Recent(TokenPolicy):
     first: int = 0
 
     def __post_init__(self) -> None:
+        check_budget(self.budget)
         whole_number("first", self.first, 0)
 
     @property

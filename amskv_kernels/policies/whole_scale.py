@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from amskv_kernels.arguments import whole_number
+from amskv_kernels.arguments import instance_of, real_number, whole_number
 from amskv_kernels.policies.base import Policy, check_layers_exist, layer_set
 from amskv_kernels.schedule import ScaleSchedule
 
@@ -100,7 +100,8 @@ class AMSKV(Policy):
     ) -> AMSKVCapacity:
         """The capacity form, Algorithm 1 of the paper: see `AMSKVCapacity`."""
         table = None if similarity is None else tuple(tuple(float(x) for x in row) for row in similarity)
-        return AMSKVCapacity(c_min, c_max, unit, condensed, tuple(demanding_layers), table, theta)
+        demanding = layer_set("demanding_layers", demanding_layers)
+        return AMSKVCapacity(c_min, c_max, unit, condensed, demanding, table, theta)
 
     @staticmethod
     def for_saving(
@@ -128,9 +129,12 @@ class AMSKV(Policy):
             condensed: scales never dropped.
 
         Raises:
-            ValueError: `saved` is more than the condensed scales leave, or `ranking` is not a permutation of
-                the layers.
+            TypeError: `schedule` is no ScaleSchedule, or `saved` no number.
+            ValueError: no layer, `saved` is more than the condensed scales leave, or `ranking` is not a
+                permutation of the layers.
         """
+        instance_of("schedule", schedule, ScaleSchedule)
+        num_layers, saved = whole_number("num_layers", num_layers, 1), real_number("saved", saved)
         order = list(range(num_layers)) if ranking is None else list(ranking)
         if sorted(order) != list(range(num_layers)):
             raise ValueError(f"ranking is {order!r}; it must name each of the layers 0 … {num_layers - 1} once")

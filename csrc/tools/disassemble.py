@@ -144,10 +144,11 @@ def main() -> None:
     parser.add_argument("library", nargs="?", type=Path, default=ROOT / "build" / "cuda" / "libamskv.so")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "reports" / "native-report.json")
     options = parser.parse_args()
+    import tabulate
     import torch
-    from tabulate import tabulate
 
     from amskv_kernels import native  # noqa: F401  defines the namespace that the library adds to
+    from benchmarks.tables import facts as transposed
 
     torch.ops.load_library(str(options.library.resolve()))
     info = json.loads(torch.ops.amskv.build_info())
@@ -156,10 +157,15 @@ def main() -> None:
     examined = [examine(symbol, architecture, code, info) for (architecture, symbol), code in found.items()]
     rows = sorted((row for row, _ in examined), key=lambda row: (row["kernel"], row["arch"]))
     common = [key for key in rows[0] if all(key in row for row in rows)]
-    print(tabulate([[row[key] for key in common] for row in rows], headers=common))
+    headers = [key.partition(" (")[0] for key in common]
+    tabulate.MIN_PADDING = 0  # the widest table fits 160 columns
+    print(tabulate.tabulate([[row[key] for key in common] for row in rows], headers=headers))
     special = [row for row in rows if "waits per tile" in row]
     print("\nThe Hopper kernel, per thread of a consumer:\n")
-    print(tabulate([{k: v for k, v in row.items() if k == "kernel" or k not in common} for row in special], "keys"))
+    own = [{key: row[key] for key in row if key not in common} for row in special]
+    for facts, row in zip(own, special, strict=True):
+        facts["kernel"] = row["kernel"].removeprefix("attn<").removesuffix(", Hopper>")
+    print(transposed(own, "kernel", "simple"))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     facts = {key: info[key] for key in ("version", "cuda", "architectures")}
     options.out.write_text(json.dumps(facts | {"rows": rows}, indent=1, ensure_ascii=False) + "\n")

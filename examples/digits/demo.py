@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from amskv_kernels import CachePlan, PagedKVCache, plots
-from amskv_kernels.memory import MIB
+from amskv_kernels.memory import MIB, counted
 from amskv_kernels.models import VAR, ConcatKVCache
 from amskv_kernels.models.var import Attention
 from examples.digits.data import accuracy
@@ -184,7 +184,11 @@ def machine() -> dict[str, str]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {"cpu": f"{model}, {torch.get_num_threads()} threads", "torch": torch.__version__, "dtype": "fp32"}
+    return {
+        "cpu": f"{model}, {counted(torch.get_num_threads(), 'thread')}",
+        "torch": torch.__version__,
+        "dtype": "fp32",
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:

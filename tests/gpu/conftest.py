@@ -17,7 +17,9 @@ _measured: dict[str, object] = {}
 _outcomes: dict[str, str] = {}
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if config.option.markexpr == "gpu" and not config.option.collectonly and not torch.cuda.is_available():
+        pytest.exit("no GPU: -m gpu asks for the tests that need one, and this torch sees none", returncode=5)
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
     for item in items:
         if HERE in item.path.parents:
