@@ -79,7 +79,7 @@ def backend(name: str) -> _Setting:
     Raises:
         ValueError: no backend of that name.
     """
-    if name != "auto" and name not in _BACKENDS:
+    if not isinstance(name, str) or (name != "auto" and name not in _BACKENDS):
         raise ValueError(f"backend {name!r} is not known; known: auto, {', '.join(_BACKENDS)}")
     return _Setting("backend", name)
 

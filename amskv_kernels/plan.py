@@ -81,7 +81,7 @@ class _Run:
         return page_slots(self.pages[first_page:], self.rows - first_page * page_size, page_size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # holds arrays, so a plan equals itself alone
 class CachePlan:
     """Which page of an arena holds which entry, at every (step, layer) of a generation.
 

@@ -216,6 +216,8 @@ def test_backend_is_forced_and_restored():
     from amskv_kernels import ops
 
     assert ops.choose("attn", "cpu").backend == "torch"
+    with pytest.raises(ValueError, match=r"backend \[\] is not known"):
+        amskv_kernels.backend([])
     with pytest.raises(ValueError, match="backend 'cudnn' is not known; known: auto, "):
         amskv_kernels.backend("cudnn")
     with amskv_kernels.backend("torch"):

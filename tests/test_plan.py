@@ -243,6 +243,13 @@ def test_a_scale_fills_its_pages_in_order(policy):
                 assert np.array_equal(rows, full)
 
 
+def test_a_plan_equals_itself_alone():
+    one, other = (CachePlan.build(ScaleSchedule.named("var-256"), Full(), 2) for _ in range(2))
+    assert one == one
+    assert one != other
+    assert len({one, other}) == 2
+
+
 def test_numpy_integers_count():
     schedule = ScaleSchedule.named("var-256")
     assert repr(CachePlan.build(schedule, Full(), np.int64(2))) == repr(CachePlan.build(schedule, Full(), 2))
