@@ -49,6 +49,15 @@ Error launch_type(Args args, Stream stream) {
 
 }  // namespace
 
+bool serves(const AttnParams& p) {
+    const auto steps = [&](const Rows& rows, int heads) {  // a stride of 0 repeats a row, which TMA may refuse
+        return (p.batch == 1 || rows.batch_stride > 0) && (p.tokens == 1 || rows.token_stride > 0) &&
+               (heads == 1 || rows.head_stride > 0);
+    };
+    return (p.head_dim == 64 || p.head_dim == 128) && p.heads % p.kv_heads == 0 && p.pool.num_pages > 0 &&
+           steps(p.q, p.heads) && steps(p.k, p.kv_heads) && steps(p.v, p.kv_heads);
+}
+
 Error attn(const AttnParams& params, const HopperPlan& plan, Stream stream) {
     const bool rows = plan.tile_rows == kWarpgroupRows || plan.tile_rows == kConsumers * kWarpgroupRows;
     if (!serves(params) || !rows || plan.blocks < 1) return kInvalid;

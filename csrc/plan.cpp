@@ -60,15 +60,6 @@ Cut cut_of(const AttnParams& p, const AttnPlan& plan) {
     return cut;
 }
 
-bool hopper::serves(const AttnParams& p) {
-    const auto steps = [&](const Rows& rows, int heads) {  // a stride of 0 repeats a row, which TMA may refuse
-        return (p.batch == 1 || rows.batch_stride > 0) && (p.tokens == 1 || rows.token_stride > 0) &&
-               (heads == 1 || rows.head_stride > 0);
-    };
-    return (p.head_dim == 64 || p.head_dim == 128) && p.heads % p.kv_heads == 0 && p.pool.num_pages > 0 &&
-           steps(p.q, p.heads) && steps(p.k, p.kv_heads) && steps(p.v, p.kv_heads);
-}
-
 AttnPlan plan_attn(const AttnParams& p, const Device& device, Kernels kernels) {
     const int rows = p.tokens * (p.heads / p.kv_heads);
     AttnPlan plan{16, std::clamp(ceil_div(rows, 16), 1, kMaxWarps), 1, 1, {}};

@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
+from types import TracebackType
+from typing import TypeVar
+
 from torch import Tensor
 
 from amskv_kernels.cache import PagedKVCache
+
+P = TypeVar("P", bound="Patch")
+
+
+class Patch:
+    """A patch in force; leaving a `with` block undoes it."""
+
+    def undo(self) -> None:
+        """Put the model's own attention back and free the cache; doing it twice does no harm."""
+        raise NotImplementedError
+
+    def __enter__(self: P) -> P:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:  # fmt: skip
+        self.undo()
 
 
 def require(owner: object, name: str, attributes: tuple[str, ...], whose: str) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import cache
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from amskv_kernels.cache import PagedKVCache
-from amskv_kernels.integrations.common import fits, require
+from amskv_kernels.integrations.common import Patch, fits, require
 from amskv_kernels.models.infinity import Text, Triples, text_attention
 from amskv_kernels.plan import CachePlan
 from amskv_kernels.policies import Policy
@@ -43,7 +42,7 @@ _CROSS_NEEDS = (
 )  # fmt: skip
 
 
-class PatchedInfinity:
+class PatchedInfinity(Patch):
     """A patched model: its plan and cache, and the way back. Also a context manager that undoes on leaving.
 
     Attributes:
@@ -80,14 +79,6 @@ class PatchedInfinity:
                     module.__dict__.pop(name, None)
         self._blocks, self.cache = [], None
         self._rotations.clear()
-
-    def __enter__(self) -> PatchedInfinity:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:  # fmt: skip
-        self.undo()
 
     def _kv_caching(self, enable: bool) -> None:
         """The model says so for every layer before and after each generation."""

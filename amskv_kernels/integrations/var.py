@@ -12,7 +12,6 @@ Only the attention modules' `forward` and `kv_caching` are replaced; weights, sa
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from amskv_kernels.cache import PagedKVCache
-from amskv_kernels.integrations.common import fits, require
+from amskv_kernels.integrations.common import Patch, fits, require
 from amskv_kernels.plan import CachePlan
 from amskv_kernels.policies import Policy
 from amskv_kernels.schedule import ScaleSchedule
@@ -35,7 +34,7 @@ _ATTENTION_NEEDS = (
 _REPLACED = ("forward", "kv_caching")
 
 
-class PatchedVAR:
+class PatchedVAR(Patch):
     """A patched model: its plan and cache, and the way back. Also a context manager that undoes on leaving.
 
     Attributes:
@@ -62,14 +61,6 @@ class PatchedVAR:
                 attention.__dict__.pop(name, None)
         self._attentions = []
         self.cache = None
-
-    def __enter__(self) -> PatchedVAR:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:  # fmt: skip
-        self.undo()
 
     def _kv_caching(self, enable: bool) -> None:
         """The model says so for every layer before and after each generation."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +32,7 @@ LARGE = [  # the last steps of VAR-256, VAR-512 and Infinity-1M
 ]
 
 
-def on_a_gpu(op, case: Case) -> None:
+def check_on_a_gpu(op, case: Case) -> None:
     """The call on a stream of its own, judged; then captured, its outputs poisoned, and replayed."""
     inputs = cases.make(case)
     on_gpu = [x.cuda() for x in inputs.tables]
@@ -54,42 +53,22 @@ def on_a_gpu(op, case: Case) -> None:
     assert torch.equal(out.cpu(), inputs.out) and torch.equal(lse.cpu(), inputs.lse)
 
 
-def random_case(seed: int, head_dims: tuple[int, ...], **changes: object) -> Case:
-    rng = random.Random(seed)
-    page_size, kv_heads = rng.choice([16, 32, 64, 128]), rng.choice([1, 2, 3, 16])
-    stores = rng.random() < 0.8
-    case = Case(
-        n=rng.choice([1, 9, 36, 64, 65, 100, 144, 169, 256, 300, 576]),
-        batch=rng.choice([1, 2, 5]),
-        kv_heads=kv_heads,
-        heads=kv_heads * rng.choice([1, 1, 2]),
-        head_dim=rng.choice(head_dims),
-        page_size=page_size,
-        history=tuple(rng.choice([page_size, rng.randint(0, page_size)]) for _ in range(rng.randint(0, 20))),
-        grow=rng.choice([0, 0, rng.randint(1, page_size - 1)]) if stores else 0,
-        stores=stores,
-        gap=rng.random() < 0.3,
-        per_head=rng.random() < 0.5,
-        packed=rng.random() < 0.5,
-        dtype=rng.choice([torch.float16, torch.bfloat16]),
-        seed=seed,
-    )
-    return replace(case, **changes)
+TOKENS = [1, 9, 36, 64, 65, 100, 144, 169, 256, 300, 576]
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_portable(case):
-    on_a_gpu(torch.ops.amskv.attn_cuda, case)
+    check_on_a_gpu(torch.ops.amskv.attn_cuda, case)
 
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_portable_large(case):
-    on_a_gpu(torch.ops.amskv.attn_cuda, case)
+    check_on_a_gpu(torch.ops.amskv.attn_cuda, case)
 
 
 @pytest.mark.parametrize("seed", range(100))
 def test_portable_random(seed):
-    on_a_gpu(torch.ops.amskv.attn_cuda, random_case(seed, (64, 96, 128)))
+    check_on_a_gpu(torch.ops.amskv.attn_cuda, cases.random_case(seed, TOKENS, [64, 96, 128], pages=20))
 
 
 @pytest.fixture
@@ -102,19 +81,19 @@ def needs_hopper():
 @pytest.mark.parametrize("case", [*SMALL, Case(n=100), Case(n=169, head_dim=128, gap=False)], ids=str)
 def test_hopper(case):
     """`hopper` makes the unnamed rest of every named page zero, as stores leave it."""
-    on_a_gpu(torch.ops.amskv.attn_hopper, replace(case, hopper=(128, 1)))
+    check_on_a_gpu(torch.ops.amskv.attn_hopper, replace(case, hopper=(128, 1)))
 
 
 @pytest.mark.usefixtures("needs_hopper")
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_hopper_large(case):
-    on_a_gpu(torch.ops.amskv.attn_hopper, replace(case, hopper=(128, 1)))
+    check_on_a_gpu(torch.ops.amskv.attn_hopper, replace(case, hopper=(128, 1)))
 
 
 @pytest.mark.usefixtures("needs_hopper")
 @pytest.mark.parametrize("seed", range(300))
 def test_hopper_random(seed):
-    on_a_gpu(torch.ops.amskv.attn_hopper, random_case(seed, (64, 128), hopper=(128, 1)))
+    check_on_a_gpu(torch.ops.amskv.attn_hopper, cases.random_case(seed, TOKENS, [64, 128], pages=20, hopper=(128, 1)))
 
 
 @pytest.mark.usefixtures("needs_hopper")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 
@@ -116,6 +117,31 @@ def _tables(case: Case, own: int, written: int, rng: np.random.Generator) -> tup
     if write and case.gap:
         write.insert(1, empty)
     return [empty, *read, empty], write
+
+
+def random_case(seed: int, tokens: list[int], head_dims: list[int], pages: int = 6, **changes: object) -> Case:
+    """A case with everything drawn; `pages` is the most pages of history, `changes` stand for what is not drawn."""
+    rng = random.Random(seed)
+    page_size, kv_heads = rng.choice([16, 32, 64, 128]), rng.choice([1, 2, 3])
+    stores = rng.random() < 0.8
+    case = Case(
+        n=rng.choice(tokens),
+        batch=rng.choice([1, 2]),
+        kv_heads=kv_heads,
+        heads=kv_heads * rng.choice([1, 1, 2, 3]),
+        head_dim=rng.choice(head_dims),
+        page_size=page_size,
+        history=tuple(rng.choice([page_size, rng.randint(0, page_size)]) for _ in range(rng.randint(0, pages))),
+        grow=rng.choice([0, 0, rng.randint(1, page_size - 1)]) if stores else 0,
+        stores=stores,
+        gap=rng.random() < 0.4,
+        per_head=rng.random() < 0.5,
+        packed=rng.random() < 0.5,
+        dtype=rng.choice([torch.float16, torch.bfloat16]),
+        seed=seed,
+        multiprocessors=rng.choice([1, 8, 132]),
+    )
+    return replace(case, **changes)
 
 
 def run(module: ModuleType, case: Case, inputs: Inputs, schedule: str) -> dict[str, int]:

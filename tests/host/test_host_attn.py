@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 from dataclasses import replace
 
 import cases
@@ -78,25 +77,7 @@ def test_no_key_of_one_part(host):
 
 @pytest.mark.parametrize("seed", range(24))
 def test_random_calls(host, seed):
-    rng = random.Random(seed)
-    page_size, kv_heads = rng.choice([16, 32, 64, 128]), rng.choice([1, 2, 3])
-    case = Case(
-        n=rng.choice([1, 2, 9, 16, 30, 64, 81, 100, 144]),
-        batch=rng.choice([1, 2]),
-        kv_heads=kv_heads,
-        heads=kv_heads * rng.choice([1, 1, 2, 3]),
-        head_dim=rng.choice([64, 96, 128]),
-        page_size=page_size,
-        history=tuple(rng.choice([page_size, rng.randint(0, page_size)]) for _ in range(rng.randint(0, 6))),
-        grow=rng.choice([0, 0, rng.randint(1, page_size - 1)]),
-        stores=rng.random() < 0.8,
-        per_head=rng.random() < 0.5,
-        packed=rng.random() < 0.5,
-        dtype=rng.choice([torch.float16, torch.bfloat16]),
-        seed=seed,
-        multiprocessors=rng.choice([1, 8, 132]),
-    )
-    cases.check(host, replace(case, grow=case.grow if case.stores else 0))
+    cases.check(host, cases.random_case(seed, [1, 2, 9, 16, 30, 64, 81, 100, 144], [64, 96, 128]))
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128])

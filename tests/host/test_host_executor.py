@@ -8,39 +8,92 @@ import pytest
 from cases import Case
 
 CASE = Case(n=40, batch=1, history=(16,) * 12 + (3,))
+HOPPER_CASE = Case(
+    n=150, batch=1, heads=1, kv_heads=1, head_dim=128, gap=False, history=(16,) * 20 + (3,), hopper=(128, 1)
+)
+PORTABLE = "attn_portable.cuh"
+RING, MOVERS, KERNEL = "hopper_ring.cuh", "hopper_movers.cuh", "attn_hopper.cuh"
+WRONG = "out: more than twice the error|lse is not that|eager is not lazy"
+
+FAULTS = [
+    pytest.param(
+        PORTABLE, "cp_async_wait<Tile::kStages - 2>();", "cp_async_wait<Tile::kStages - 1>();",
+        r"attn, block 0, .*attn_portable\.cuh:\d+: reads bytes of the copy issued at attn_portable\.cuh:\d+",
+        id="a wait that comes one tile too late",
+    ),
+    pytest.param(
+        PORTABLE, "team.barrier();  //", "//", r"attn, block 0, .*no barrier orders this",
+        id="a missing barrier",
+    ),
+    pytest.param(
+        PORTABLE, "    warp_barrier();\n#pragma unroll", "#pragma unroll",
+        "no barrier orders this read after another lane's write", id="a missing warp barrier",
+    ),
+    pytest.param(
+        PORTABLE, "page = slot >> kRowsBits;", "page = (slot >> kRowsBits) + 1;", ".*",
+        id="a page off by one",
+    ),
+    pytest.param(
+        PORTABLE, "stage + Layout::offset(row, chunk);", "stage + Layout::offset(row ^ 1, chunk);", ".*",
+        id="rows exchanged",
+    ),
+    pytest.param(
+        "tiles.h", "(chunk ^ permutation)", "(chunk ^ permutation * 0)", "bank conflicts", id="no swizzle",
+    ),
+]  # fmt: skip
+HOPPER_FAULTS = [
+    pytest.param(
+        RING, "mbarrier_wait(full(spot), spot.parity);", "mbarrier_wait(full(spot), spot.parity ^ 1);",
+        r"attn_hopper, block 0, .*hopper_movers\.cuh:\d+: (no barrier orders|reads bytes of the copy)",
+        id="wrong phase bit",
+    ),
+    pytest.param(
+        KERNEL, "    fence_async_proxy();\n    me.barrier();", "    me.barrier();",
+        r"no fence\.proxy\.async shows the ordinary write at attn_hopper\.cuh:\d+",
+        id="missing fence before a bulk store",
+    ),
+    pytest.param(
+        KERNEL, "operand(v, Tile::kKeys * kSwizzleBytes),", "operand(v, Tile::kKeys * kSwizzleBytes / 2),", WRONG,
+        id="wrong descriptor stride",
+    ),
+    pytest.param(
+        MOVERS, "tile == 0 ? first_bytes : Tile::kSlotBytes);", "tile == 0 ? first_bytes + 16 : Tile::kSlotBytes);",
+        r"no thread can go on:(\n|.)*warp 4 waits for the end of phase 0 of mbarrier 0: 0 of 1 arrivals and 16 b",
+        id="transaction count too high",
+    ),
+    pytest.param(
+        MOVERS, "tile == 0 ? first_bytes : Tile::kSlotBytes);", "tile == 0 ? first_bytes - 16 : Tile::kSlotBytes);",
+        "counts 16 bytes more than were expected", id="transaction count too low",
+    ),
+    pytest.param(
+        KERNEL, "        wgmma_wait<0>();\n        settle(registers.out);\n        ring.release(v, me.lane);\n"
+        "        registers.rescale(shrink);",
+        "        ring.release(v, me.lane);\n        wgmma_wait<0>();\n        settle(registers.out);\n"
+        "        registers.rescale(shrink);",
+        f"no barrier orders this write after the reads of warp|still under way|reads bytes of the copy|{WRONG}",
+        id="a slot released before its products are done",
+    ),
+    pytest.param(
+        KERNEL, "        wgmma_wait<1>();", "        wgmma_wait<2>();",
+        f"no barrier orders this access|{WRONG}",
+        id="scores used before they are there",
+    ),
+    pytest.param(
+        KERNEL, "        if (!me.shares_rows) me.give_turn();\n        const", "        const",
+        r"no thread can go on:(\n|.)*in bar\.sync", id="a turn never given",
+    ),
+    pytest.param(
+        MOVERS, "                tma_store_wait_read();\n            }\n            ring.release",
+        "            }\n            ring.release", "bulk store that nothing waited for",
+        id="a slot released before its bulk store has read it",
+    ),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "file, text, replacement, message",
-    [
-        pytest.param(
-            "attn_portable.cuh", "cp_async_wait<Tile::kStages - 2>();", "cp_async_wait<Tile::kStages - 1>();",
-            r"attn, block 0, .*attn_portable\.cuh:\d+: reads bytes of the copy issued at attn_portable\.cuh:\d+",
-            id="a wait that comes one tile too late",
-        ),
-        pytest.param(
-            "attn_portable.cuh", "team.barrier();  //", "//", r"attn, block 0, .*no barrier orders this",
-            id="a missing barrier",
-        ),
-        pytest.param(
-            "attn_portable.cuh", "    warp_barrier();\n#pragma unroll", "#pragma unroll",
-            "no barrier orders this read after another lane's write", id="a missing warp barrier",
-        ),
-        pytest.param(
-            "attn_portable.cuh", "page = slot >> kRowsBits;", "page = (slot >> kRowsBits) + 1;", ".*",
-            id="a page off by one",
-        ),
-        pytest.param(
-            "attn_portable.cuh", "stage + Layout::offset(row, chunk);", "stage + Layout::offset(row ^ 1, chunk);", ".*",
-            id="rows exchanged",
-        ),
-        pytest.param(
-            "tiles.h", "(chunk ^ permutation)", "(chunk ^ permutation * 0)", "bank conflicts", id="no swizzle",
-        ),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("file, text, replacement, message", FAULTS + HOPPER_FAULTS)
 def test_planted_fault_is_caught(tmp_path, file, text, replacement, message):
-    cases.check(hostlib.load(), CASE)
+    case = HOPPER_CASE if file in (RING, MOVERS, KERNEL) else CASE
+    cases.check(hostlib.load(), case)
     faulty = hostlib.load_with_fault(file, text, replacement, tmp_path)
     with pytest.raises((RuntimeError, AssertionError), match=message):
-        cases.check(faulty, CASE)
+        cases.check(faulty, case)
