@@ -43,31 +43,31 @@ bench: $(VENV)/ready  ## every benchmark this machine can run: result, tables, p
 	$(BIN)/python -m benchmarks
 
 bench-smoke: $(VENV)/ready  ## a few benchmark calls, to see that they run
-	$(BIN)/python -m pytest benchmarks/smoke.py
+	$(BIN)/python -m pytest benchmarks/suites/smoke.py
 
 readme: $(VENV)/ready  ## write the tables of README and docs from committed results
-	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m benchmarks.report.readme
 
 kernel-report: $(VENV)/ready  ## compile every Triton kernel offline for four architectures; fails on spills
-	$(BIN)/python -W ignore -m benchmarks.kernel_report
+	$(BIN)/python -W ignore -m tools.kernel_report
 
 gpu-test: $(VENV)/ready  ## everything that needs a GPU; writes tests/gpu-reports
 	$(BIN)/python -m pytest -m gpu
 
 gpu-session: native  ## tests, benchmarks, profile and checkers in one go (30 minutes); writes build/gpu-session
-	$(BIN)/python -m benchmarks.gpu_session
+	$(BIN)/python -m tools.gpu_session
 
 tune: $(VENV)/ready  ## measure tile candidates on the GPU at hand
-	$(BIN)/python -m benchmarks.tune
+	$(BIN)/python -m tools.tune
 
 native: $(VENV)/ready  ## build the CUDA library into this checkout (needs nvcc)
 	AMSKV_CUDA=1 $(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 
 native-report: native  ## registers, spills and instructions of the CUDA library
-	$(BIN)/python csrc/tools/disassemble.py
+	$(BIN)/python tools/native_report.py
 
 wheel: $(VENV)/ready  ## one wheel for every Python and torch, tested in a clean environment (CUDA=pip fetches nvcc)
-	AMSKV_CUDA=$(CUDA) $(BIN)/python csrc/tools/make_wheel.py
+	AMSKV_CUDA=$(CUDA) $(BIN)/python tools/make_wheel.py
 
 clean:  ## remove what was built, the virtual environment too
 	rm -rf $(VENV) build dist demo-out *.egg-info

@@ -1,8 +1,8 @@
 """Attention over a planned, paged KV cache for next-scale (VAR) image models: `torch.ops.amskv.attn`."""
 
-from amskv_kernels.cache import PagedKVCache
+from amskv_kernels.cache.paged import PagedKVCache
 from amskv_kernels.ops import backend, debug
-from amskv_kernels.plan import CachePlan
+from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.policies import (
     AMSKV,
     H2O,

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compare, machine, measure, plans, suite_image, suite_module, suite_roof, suite_steps
-from benchmarks.cases import (
+from benchmarks.harness import machine, measure
+from benchmarks.harness.cases import (
     CPU_CASES,
     IMAGES,
     MODELS,
@@ -33,10 +33,12 @@ from benchmarks.cases import (
     groups,
     kernel_cases,
 )
-from benchmarks.results import FOLDER, Run, UnreadableResultError, committed
-from benchmarks.roofs import GPUS, measure_ceilings
-from benchmarks.suites import Context, Task, run_tasks
-from benchmarks.tables import show
+from benchmarks.harness.results import FOLDER, Run, UnreadableResultError, committed
+from benchmarks.harness.roofs import GPUS, measure_ceilings
+from benchmarks.harness.tasks import Context, Task, run_tasks
+from benchmarks.report import compare
+from benchmarks.report.tables import show
+from benchmarks.suites import image, module, plans, roof, steps
 
 GPU_SUITES = ("kernel", "module", "image", "plan")
 CPU_SUITES = ("cpu", "plan", "roof")
@@ -88,19 +90,19 @@ def plan_tasks(suites: Sequence[str], context: Context, gpu: str) -> list[Task]:
     tasks: list[Task] = []
     for suite in suites:
         if suite == "cpu":
-            tasks += suite_steps.tasks("cpu", cpu_cases(context), context)
-            tasks += suite_module.tasks("module", module_cases(context), context)
-            tasks += suite_image.tasks(context)
+            tasks += steps.tasks("cpu", cpu_cases(context), context)
+            tasks += module.tasks("module", module_cases(context), context)
+            tasks += image.tasks(context)
         elif suite == "kernel":
-            tasks += suite_steps.tasks("kernel", kernel_suite(context), context)
+            tasks += steps.tasks("kernel", kernel_suite(context), context)
         elif suite == "module":
-            tasks += suite_module.tasks("module", module_cases(context), context)
+            tasks += module.tasks("module", module_cases(context), context)
         elif suite == "image":
-            tasks += suite_image.tasks(context)
+            tasks += image.tasks(context)
         elif suite == "plan":
             tasks += plans.tasks(context)
         else:
-            tasks += suite_roof.tasks(gpu, context)
+            tasks += roof.tasks(gpu, context)
     return list({task.key: task for task in tasks}.values())
 
 
@@ -195,7 +197,7 @@ def run_suites(argv: Sequence[str]) -> int:
 
 def write_docs() -> None:
     """Draw docs' plots and fill the tables of README.md and docs/, from all committed results."""
-    from benchmarks import plots, readme
+    from benchmarks.report import plots, readme
 
     for path in plots.draw(committed()):
         print(f"drawn {path}")

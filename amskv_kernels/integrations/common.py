@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from amskv_kernels.cache import PagedKVCache
+from amskv_kernels.cache.paged import PagedKVCache
 
 P = TypeVar("P", bound="Patch")
 

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from amskv_kernels.cache import PagedKVCache
+from amskv_kernels.cache.paged import PagedKVCache
 from amskv_kernels.integrations.common import Patch, fits, require
 from amskv_kernels.models.infinity import Text, Triples, text_attention
-from amskv_kernels.plan import CachePlan
+from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.policies import Policy
 from amskv_kernels.schedule import ScaleSchedule
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from amskv_kernels.rope import rope2d_tables
+from amskv_kernels.models.rope import rope2d_tables
 from amskv_kernels.schedule import ScaleSchedule
 
 Triples = list[tuple[int, int, int]]  # (1, h, w) per scale, as Infinity's code passes schedules

@@ -10,39 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from amskv_kernels.models.attention import Attention
 from amskv_kernels.models.vqvae import VQVAE, CheckedModule
 from amskv_kernels.schedule import ScaleSchedule
 
 _DEPTHS = (16, 20, 24, 30, 36)
 _MAX_LOG_Q = math.log(100)  # the learned query length of an L2-normalised head is capped at 100
-
-
-class Attention(Protocol):
-    """Where a layer's q, k, v go: a cache in generation, a mask in training.
-
-    An object may also have `keeps_fp32_keys = True`: then q and k of an L2-normalised model arrive in fp32, as stock
-    code caches them. Without it (or False) they arrive in v's dtype. And it may have `prepare(layer, x, weight)`,
-    called before each `attend` with the input (B, n, C) and the weight (H · D, C) of the layer's query projection.
-    """
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        """Attend from q over k, v and whatever else the object lets layer `layer` (0-based) see.
-
-        Args:
-            layer: layers come in order, once per step.
-            q, k, v: (B, n, H, D), any strides whose last dimension is contiguous.
-            softmax_scale: factor on q·k.
-
-        Returns:
-            (B, n, H, D) in v's dtype.
-        """
-        ...
 
 
 @dataclass(frozen=True)

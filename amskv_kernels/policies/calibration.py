@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from amskv_kernels.files import check_fits, finite_table, read_fields
 from amskv_kernels.policies.base import check_layers_exist, layer_set
-from amskv_kernels.policies.files import check_fits, finite_table, read_fields
 from amskv_kernels.schedule import ScaleSchedule
 
 FORMAT = "amskv-similarity-1"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from amskv_kernels.arguments import instance_of, real_number, whole_number
+from amskv_kernels.files import check_fits, read_json
 from amskv_kernels.policies.base import HeadPolicy
-from amskv_kernels.policies.files import check_fits, read_json
 from amskv_kernels.schedule import ScaleSchedule
 
 FORMAT = "amskv-head-orders-1"

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from amskv_kernels.arguments import real_number, whole_number
+from amskv_kernels.files import check_fits, finite_table, read_fields
 from amskv_kernels.policies.base import Selection, TokenPolicy, check_layers_exist, layer_set
-from amskv_kernels.policies.files import check_fits, finite_table, read_fields
 from amskv_kernels.schedule import ScaleSchedule
 
 Budget = float | int

@@ -20,10 +20,11 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
-from amskv_kernels import CachePlan, PagedKVCache, plots
-from amskv_kernels.memory import MIB, counted
+from amskv_kernels import CachePlan, PagedKVCache
+from amskv_kernels.cli import plots
 from amskv_kernels.models import VAR, ConcatKVCache
 from amskv_kernels.models.var import Attention
+from amskv_kernels.planning.memory import MIB, counted
 from examples.digits.data import accuracy
 from examples.digits.evaluate import POLICIES, plan_for
 from examples.digits.model import SAMPLING, load

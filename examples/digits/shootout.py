@@ -25,10 +25,11 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
-from amskv_kernels import AMSKV, CachePlan, Full, PagedKVCache, Policy, ScaleSchedule, plots
+from amskv_kernels import AMSKV, CachePlan, Full, PagedKVCache, Policy, ScaleSchedule
 from amskv_kernels.calibrate import AttentionRecorder, SimilarityRecorder
-from amskv_kernels.memory import MIB
+from amskv_kernels.cli import plots
 from amskv_kernels.models import VAR, VQVAE, ConcatKVCache, Generation
+from amskv_kernels.planning.memory import MIB
 from amskv_kernels.policies import H2O, HeadOrders, HeatKV, PyramidKV, Recent, ScaleKV, SnapKV
 from amskv_kernels.policies.calibration import rank_layers
 from examples.digits.data import accuracy

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from amskv_kernels import hopper, native
+from amskv_kernels.ops.backends import library
+from amskv_kernels.ops.backends.library import hopper
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "host"))
 
 import cases
 from cases import Case
 
-pytestmark = pytest.mark.skipif(native.why_not_loaded() is not None, reason=str(native.why_not_loaded()))
+pytestmark = pytest.mark.skipif(library.why_not_loaded() is not None, reason=str(library.why_not_loaded()))
 
 SMALL = [
     Case(),

@@ -21,8 +21,9 @@ from extra_cases import (
 )
 
 import amskv_kernels
-from amskv_kernels import AMSKV, CachePlan, Full, PagedKVCache, ScaleSchedule, reference
-from amskv_kernels.layout import ROWS_BITS, ROWS_MASK
+from amskv_kernels import AMSKV, CachePlan, Full, PagedKVCache, ScaleSchedule
+from amskv_kernels.ops import reference
+from amskv_kernels.planning.layout import ROWS_BITS, ROWS_MASK
 
 ops = torch.ops.amskv
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]

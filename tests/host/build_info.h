@@ -1,4 +1,4 @@
-// What csrc/tools/build_info.py writes into a real build.
+// What csrc/cmake/build_info.py writes into a real build.
 #pragma once
 
 namespace amskv {

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amskv_kernels import reference, torch_ops
-from amskv_kernels.layout import ROWS_BITS
+from amskv_kernels.ops import reference
+from amskv_kernels.ops.backends import torch as torch_backend
+from amskv_kernels.planning.layout import ROWS_BITS
 
 SHARED_BYTES = 163 * 1024  # of an sm_80 block
 
@@ -174,7 +175,7 @@ def judge(case: Case, done: Inputs) -> None:
     """`done` holds what attn made of `make(case)`: within twice the error of torch's own attention, stored exactly."""
     truth, plain = make(case), make(case)
     out, lse = reference.attn(*truth.tables, truth.scale)
-    torch_out, _ = torch_ops.attn(*plain.tables, plain.scale)
+    torch_out, _ = torch_backend.attn(*plain.tables, plain.scale)
     rounding = torch.finfo(case.dtype).eps / 2
     allowed = 2 * (torch_out.double() - out).norm() + rounding * out.norm()
     assert (done.out.double() - out).norm() <= allowed, "out: more than twice the error of torch's attention"

@@ -11,12 +11,14 @@ constexpr size_t kStackBytes = 128 * 1024;
 constexpr unsigned char kPoison = 0xff;  // bytes of a NaN in fp16, bf16 and fp32
 constexpr int kBanks = 32, kBankBytes = 4;
 
+}  // namespace
+
 std::string at(const Where& where) {
     const std::string file = where.file_name();
-    return file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line());
+    const size_t name = file.rfind('/');
+    const size_t room = name == std::string::npos || name == 0 ? name : file.rfind('/', name - 1);
+    return file.substr(room + 1) + ":" + std::to_string(where.line());
 }
-
-}  // namespace
 
 void join(Clock& into, const Clock& other) {
     for (size_t i = 0; i < into.size(); ++i) into[i] = std::max(into[i], other[i]);

@@ -23,6 +23,9 @@ namespace amskv::host {
 
 using Where = std::source_location;
 
+// "room/file.cuh:line": two rooms have a file of the same name.
+std::string at(const Where& where);
+
 struct Dim3 {
     int x = 0;
 };

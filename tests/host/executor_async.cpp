@@ -27,10 +27,8 @@ const unsigned char* Executor::read_async(uint32_t from, const Where& where) {
     const unsigned char* const bytes = read(from, kGranule, kAllLanes, where);
     const Granule& granule = granules_[from / kGranule];
     if (granule.unshown != 0) {
-        const std::string written = std::string(granule.written_at.file_name());
         fail(
-            "no fence.proxy.async shows the ordinary write at " + written.substr(written.rfind('/') + 1) + ":" +
-                text(granule.written_at.line()) + " to this asynchronous read",
+            "no fence.proxy.async shows the ordinary write at " + at(granule.written_at) + " to this asynchronous read",
             where);
     }
     return bytes;

@@ -1,6 +1,6 @@
 // The executor's device, for the op library built without CUDA: a Hopper GPU of one multiprocessor, CPU tensors.
 #include "amskv/amskv.h"
-#include "device_scope.h"
+#include "binding/device_scope.h"
 
 namespace amskv {
 

@@ -1,4 +1,4 @@
-// The host meaning of csrc/hopper_primitives.cuh, name by name.
+// The host meaning of csrc/hopper/primitives.cuh, name by name.
 #pragma once
 
 #include <type_traits>

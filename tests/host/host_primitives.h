@@ -1,4 +1,4 @@
-// The host meaning of csrc/primitives.cuh, name by name.
+// The host meaning of csrc/common/primitives.cuh, name by name.
 #pragma once
 
 #include <bit>

@@ -20,7 +20,7 @@ import torch
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 BUILD = HERE.parents[1] / "build" / "host"
-KERNELS = ("attn.cu", "attn_hopper.cu", "append.cu", "plan.cpp")
+KERNELS = ("portable/attn.cu", "hopper/attn.cu", "portable/append.cu", "common/plan.cpp")
 EXECUTOR = ("executor.cpp", "executor_async.cpp")
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
          "-DTORCH_TARGET_VERSION=0x020a000000000000")  # fmt: skip
@@ -44,9 +44,9 @@ def load_with_fault(file: str, text: str, replacement: str, scratch: Path) -> Mo
 
 @cache
 def op_library() -> Path:
-    """libamskv.so with the executor in CUDA's place: ops.cpp as it is, for whoever loads it in a process of its own."""
+    """libamskv.so with the executor in CUDA's place: binding/ops.cpp as it is, loaded in a process of its own."""
     sources = [
-        *(CSRC / name for name in (*KERNELS, "ops.cpp")),
+        *(CSRC / name for name in (*KERNELS, "binding/ops.cpp")),
         *(HERE / n for n in (*EXECUTOR, "host_device.cpp")),
     ]
     torch_root = Path(torch.__file__).parent
@@ -81,7 +81,7 @@ def _compile(source: Path, csrc: Path) -> Path:
     system = [pybind11.get_include(), sysconfig.get_path("include"), Path(torch.__file__).parent / "include"]
     seen = [source, *HERE.glob("*.h"), *csrc.glob("include/amskv/*")]
     if source.parent != HERE:
-        seen += [*csrc.glob("*.cuh"), *csrc.glob("*.h")]
+        seen += [*csrc.rglob("*.cuh"), *csrc.rglob("*.h")]
     target = BUILD / f"{source.stem}-{_digest(seen)}.o"
     if not target.exists():
         paths = [*(f"-I{path}" for path in includes), *(f"-isystem{path}" for path in system)]

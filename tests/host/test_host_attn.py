@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import Case
 
-from amskv_kernels import reference
+from amskv_kernels.ops import reference
 
 ROWS = [1, 4, 9, 16, 17, 25, 36, 63, 64, 65, 100, 129, 169, 256, 300]
 PLANS = [(16, 1, 1, 1), (16, 1, 2, 1), (16, 2, 2, 1), (16, 3, 1, 1), (16, 4, 1, 1), (32, 1, 1, 1), (32, 4, 1, 1)]

@@ -11,14 +11,14 @@ CASE = Case(n=40, batch=1, history=(16,) * 12 + (3,))
 HOPPER_CASE = Case(
     n=150, batch=1, heads=1, kv_heads=1, head_dim=128, gap=False, history=(16,) * 20 + (3,), hopper=(128, 1)
 )
-PORTABLE = "attn_portable.cuh"
-RING, MOVERS, KERNEL = "hopper_ring.cuh", "hopper_movers.cuh", "attn_hopper.cuh"
+PORTABLE = "portable/attn.cuh"
+RING, MOVERS, KERNEL = "hopper/ring.cuh", "hopper/movers.cuh", "hopper/attn.cuh"
 WRONG = "out: more than twice the error|lse is not that|eager is not lazy"
 
 FAULTS = [
     pytest.param(
         PORTABLE, "cp_async_wait<Tile::kStages - 2>();", "cp_async_wait<Tile::kStages - 1>();",
-        r"attn, block 0, .*attn_portable\.cuh:\d+: reads bytes of the copy issued at attn_portable\.cuh:\d+",
+        r"attn, block 0, .*portable/attn\.cuh:\d+: reads bytes of the copy issued at portable/attn\.cuh:\d+",
         id="a wait that comes one tile too late",
     ),
     pytest.param(
@@ -38,18 +38,18 @@ FAULTS = [
         id="rows exchanged",
     ),
     pytest.param(
-        "tiles.h", "(chunk ^ permutation)", "(chunk ^ permutation * 0)", "bank conflicts", id="no swizzle",
+        "common/tiles.h", "(chunk ^ permutation)", "(chunk ^ permutation * 0)", "bank conflicts", id="no swizzle",
     ),
 ]  # fmt: skip
 HOPPER_FAULTS = [
     pytest.param(
         RING, "mbarrier_wait(full(spot), spot.parity);", "mbarrier_wait(full(spot), spot.parity ^ 1);",
-        r"attn_hopper, block 0, .*hopper_movers\.cuh:\d+: (no barrier orders|reads bytes of the copy)",
+        r"attn_hopper, block 0, .*hopper/movers\.cuh:\d+: (no barrier orders|reads bytes of the copy)",
         id="wrong phase bit",
     ),
     pytest.param(
         KERNEL, "    fence_async_proxy();\n    me.barrier();", "    me.barrier();",
-        r"no fence\.proxy\.async shows the ordinary write at attn_hopper\.cuh:\d+",
+        r"no fence\.proxy\.async shows the ordinary write at hopper/attn\.cuh:\d+",
         id="missing fence before a bulk store",
     ),
     pytest.param(

@@ -1,0 +1,184 @@
+"""AMS-KV's online mode: Algorithm 1 decides during the generation which layers are cache-demanding.
+
+A plan needs to know beforehand what each layer will read. Here a layer turns demanding when its own keys say so, so
+pages are handed out as the generation goes and the pool grows when it must. Each decision waits for the device; a
+calibration that freezes the demanding layers (`AMSKV.for_saving`, `Calibration`) costs none of that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from amskv_kernels import ops  # noqa: F401 - registers torch.ops.amskv
+from amskv_kernels.arguments import check_device, check_index, instance_of, one_of, real_number, whole_number
+from amskv_kernels.cache.paged import check_qkv
+from amskv_kernels.calibrate.similarity import key_similarity
+from amskv_kernels.ops.checks import check_pool, refuse_gradients
+from amskv_kernels.planning.layout import PAGE_SIZES
+from amskv_kernels.planning.pages import Pages, Slots, page_slots
+from amskv_kernels.policies import AMSKVCapacity
+from amskv_kernels.schedule import ScaleSchedule
+
+
+@dataclass
+class _Layer:
+    capacity: int
+    held: dict[int, Slots] = field(default_factory=dict)  # scale -> its pages
+    previous: Tensor | None = None  # keys of the scale before, while the layer may still turn demanding
+    turned_at: int | None = None
+
+
+class OnlineKVCache:
+    """The cache of one generation under `policy`, decided as it goes; `attend` as in `PagedKVCache`.
+
+    Args:
+        schedule: the model's schedule.
+        num_layers: L.
+        policy: an `AMSKV.with_capacity(…)`; its similarity table, if any, is not used.
+        theta: a layer whose similarity is below it when it overflows turns cache-demanding.
+        batch: sequences B; conditional and unconditional ones share each decision.
+        kv_heads: Hkv.
+        head_dim: D, 64, 96 or 128.
+        dtype: of the pages: fp16, bf16 or fp32.
+        device: where the pool lives.
+        page_size: rows of a page: 16, 32, 64 or 128.
+
+    Raises:
+        TypeError: a schedule, policy, theta, dtype or device of another type.
+        ValueError: a size or theta out of range, a device that torch does not know or cannot use, or a policy made for
+            another number of layers.
+    """
+
+    def __init__(
+        self,
+        schedule: ScaleSchedule,
+        num_layers: int,
+        policy: AMSKVCapacity,
+        theta: float,
+        *,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        page_size: int = 16,
+    ) -> None:
+        instance_of("schedule", schedule, ScaleSchedule)
+        instance_of("policy", policy, AMSKVCapacity)
+        policy.check_layers(whole_number("num_layers", num_layers, 1))
+        theta = real_number("theta", theta)
+        if math.isnan(theta):
+            raise ValueError("theta is nan; it must be a similarity to compare with")
+        one_of("page_size", page_size, PAGE_SIZES)
+        check_pool(batch, kv_heads, head_dim, dtype, device)
+        check_device("device", device)
+        self.schedule, self.policy, self.theta, self.page_size = schedule, policy, theta, page_size
+        self.num_layers, self.batch, self.kv_heads = num_layers, batch, kv_heads
+        with torch.inference_mode(False):  # usable inside inference mode and outside
+            self._pool = torch.zeros(batch * kv_heads, 0, 2, page_size, head_dim, dtype=dtype, device=device)
+        self._arena = torch.zeros(batch, kv_heads, dtype=torch.int32, device=device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new generation; every layer is undecided again."""
+        self._calls = 0
+        self._free = Pages()
+        start = self.policy.demanding_layers
+        self._layers = [
+            _Layer(self.policy.c_max if layer in start else self.policy.c_min) for layer in range(self.num_layers)
+        ]
+
+    @property
+    def demanding_layers(self) -> dict[int, int]:
+        """The layers that turned demanding in this generation, and the scale at which each did."""
+        return {i: layer.turned_at for i, layer in enumerate(self._layers) if layer.turned_at is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pool so far."""
+        return self._pool.numel() * self._pool.element_size()
+
+    def visible(self, layer: int) -> tuple[int, ...]:
+        """The scales that `layer` holds now.
+
+        Raises:
+            IndexError: a layer out of range.
+        """
+        check_index("layer", layer, self.num_layers)
+        return tuple(sorted(self._layers[layer].held))
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None
+    ) -> Tensor:  # fmt: skip
+        """Attend to what this layer holds and to k, v, then keep what Algorithm 1 keeps.
+
+        Arguments, result and errors as for `PagedKVCache.attend`.
+        """
+        check_qkv(q, k, v)
+        scale, expected = divmod(self._calls, self.num_layers)
+        if scale == len(self.schedule):
+            raise ValueError(f"all {scale} steps of schedule {self.schedule.name} are done; call reset()")
+        if layer != expected:
+            whole_number("layer", layer, 0)
+        if layer != expected or k.shape[:2] != (self.batch, self.schedule.tokens[scale]):
+            raise ValueError(
+                f"layer is {layer} with k of shape {tuple(k.shape)}; the next call is layer {expected} of step "
+                f"{scale}, {self.batch} sequences of {self.schedule.tokens[scale]} tokens"
+            )
+        refuse_gradients(q, k, v)
+        state = self._layers[layer]
+        kept, capacity = self._decide(state, scale, k)
+        read = [page_slots(pages, self.schedule.tokens[s], self.page_size) for s, pages in state.held.items()]
+        tokens = self.schedule.tokens[scale]
+        fresh = self._take(-(-tokens // self.page_size) if scale in kept else 0)
+        write = [page_slots(fresh, tokens, self.page_size)] if scale in kept else []
+        factor = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+        pages = self._pool.view(-1, *self._pool.shape[2:])
+        try:
+            out, _ = torch.ops.amskv.attn(q, k, v, pages, self._arena, self._table(read), self._table(write), factor)
+        except Exception:  # a refused call leaves everything as it was
+            self._free.give_back(fresh)
+            raise
+        if capacity != state.capacity:
+            state.capacity, state.turned_at = capacity, scale
+        undecided = capacity == self.policy.c_min < self.policy.c_max
+        state.previous = k.contiguous() if undecided else None  # a view would keep all of qkv alive
+        if scale in kept:
+            state.held[scale] = fresh
+        for dropped in set(state.held) - set(kept):
+            self._free.give_back(state.held.pop(dropped))
+        self._calls += 1
+        return out
+
+    def _decide(self, state: _Layer, scale: int, k: Tensor) -> tuple[tuple[int, ...], int]:
+        """The scales held after this one, and the layer's capacity: the larger one if its keys say so."""
+        held, policy, sizes = tuple(sorted(state.held)), self.policy, self.schedule.sizes
+        capacity = state.capacity
+        if state.previous is not None and policy.overflows(self.schedule, held, scale, policy.c_min):
+            alike = key_similarity(state.previous, k, sizes[scale - 1], sizes[scale])
+            capacity = policy.c_max if float(alike) < self.theta else capacity
+        if scale == len(self.schedule) - 1:
+            return held, capacity  # nothing reads the last scale
+        return policy.keep(self.schedule, held, scale, capacity), capacity
+
+    def _take(self, number: int) -> Slots:
+        taken = self._free.take(number)
+        arenas, pages, *page = self._pool.shape
+        if self._free.count > pages:
+            room = max(self._free.count, 2 * pages)
+            with torch.inference_mode(False):
+                grown = self._pool.new_zeros(arenas, room, *page)
+            grown[:, :pages] = self._pool
+            self._pool = grown
+            first = torch.arange(arenas, dtype=torch.int32, device=grown.device) * room
+            self._arena = first.view(self.batch, self.kv_heads)
+        return taken
+
+    def _table(self, slots: list[Slots]) -> Tensor:
+        flat = np.concatenate(slots) if slots else np.empty(0, dtype=np.int32)
+        return torch.from_numpy(flat).to(self._pool.device).view(1, 1, -1)

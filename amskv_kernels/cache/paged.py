@@ -1,0 +1,164 @@
+"""The paged KV cache of one generation: the pool, the arenas, and where we are in the plan."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from amskv_kernels import ops  # noqa: F401 - registers torch.ops.amskv
+from amskv_kernels.arguments import check_device, instance_of, whole_number
+from amskv_kernels.cache.selector import TokenSelector
+from amskv_kernels.ops.checks import check_pool, refuse_gradients
+from amskv_kernels.planning.pages import Slots
+from amskv_kernels.planning.plan import CachePlan
+
+
+class PagedKVCache:
+    """Runs a plan: call `attend` for layer 0, 1, … L−1 of step 0, then of step 1, and so on.
+
+    All sequences of the batch are in lockstep. Tables are on the device from the start, so a generation does
+    no host work between steps and can be captured into one CUDA graph.
+
+    Args:
+        plan: which page holds what, when.
+        batch: sequences B (with classifier-free guidance, two per image).
+        kv_heads: Hkv.
+        head_dim: D, 64, 96 or 128.
+        dtype: of the pages: fp16, bf16 or fp32.
+        device: where the pool lives.
+
+    Raises:
+        TypeError: a plan, dtype or device of another type.
+        ValueError: a size out of range, or a device that torch does not know or cannot use.
+    """
+
+    def __init__(
+        self,
+        plan: CachePlan,
+        *,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        instance_of("plan", plan, CachePlan)
+        check_pool(batch, kv_heads, head_dim, dtype, device)
+        check_device("device", device)
+        if plan.heads not in (1, kv_heads):
+            raise ValueError(f"kv_heads is {kv_heads}; this plan was made for {plan.heads} KV heads")
+        self.plan = plan
+        self.batch = batch
+        arenas = batch * kv_heads // plan.heads
+        if arenas * plan.pages > torch.iinfo(torch.int32).max:
+            raise ValueError(f"the pool would need {arenas * plan.pages} pages; page numbers are 32-bit")
+        shape = (arenas * plan.pages, 2, plan.page_size, head_dim)
+        with torch.inference_mode(False):  # a pool made by a generation in inference mode serves later ones outside
+            self.pages = torch.zeros(shape, dtype=dtype, device=device)
+        first = torch.arange(arenas, dtype=torch.int32, device=device) * plan.pages
+        self.arena = first.view(batch, -1).repeat_interleave(plan.heads, dim=1)
+        self._read, self._write = _upload(plan, self.pages.device)
+        self._selector = None if plan.selection is None else TokenSelector(plan, self.pages, self.arena)
+        self._calls = 0
+
+    @property
+    def step(self) -> int:
+        """The step that the next call belongs to; the schedule's length when the generation is done."""
+        return self._calls // self.plan.num_layers
+
+    @property
+    def layer(self) -> int:
+        """The layer that the next call belongs to."""
+        return self._calls % self.plan.num_layers
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pool."""
+        return self.pages.numel() * self.pages.element_size()
+
+    def reset(self) -> None:
+        """Start a new generation; nothing needs to be cleared."""
+        self._calls = 0
+        if self._selector is not None:
+            self._selector.reset()
+
+    def prepare(self, layer: int, x: Tensor, weight: Tensor) -> None:
+        """What a model tells before each `attend`; ScaleKV's released mode alone makes use of it.
+
+        Args:
+            layer: of the coming call.
+            x: (B, n, C), the input of the layer's query projection.
+            weight: (H · D, C), the projection's weight.
+        """
+        if self._selector is not None:
+            self._selector.prepare(self.step, layer, x, weight)
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None
+    ) -> Tensor:  # fmt: skip
+        """Attend to this layer's history and to k, v, and keep what later steps will read.
+
+        Args:
+            layer: must be the plan's next one.
+            q: (B, n, H, D) with n the tokens of the current scale; any strides whose last is 1.
+            k: (B, n, Hkv, D).
+            v: as k.
+            softmax_scale: 1/√D unless given.
+
+        Returns:
+            (B, n, H, D), contiguous.
+
+        Raises:
+            TypeError: q, k or v is no tensor.
+            ValueError: a call out of order, past the end, or with another batch or token count than planned;
+                what `torch.ops.amskv.attn` raises.
+            RuntimeError: gradients would be needed; the op has none.
+        """
+        step = self.step
+        check_qkv(q, k, v)
+        self._check_turn(step, layer, q)
+        refuse_gradients(q, k, v)
+        scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+        read, write = self._read[self._calls], self._write[self._calls]
+        if self._selector is not None:
+            self._selector.check(step, layer)
+        out, _ = torch.ops.amskv.attn(q, k, v, self.pages, self.arena, read, write, scale)
+        if self._selector is not None:
+            self._selector.after(step, layer, q, k, v, read, scale)
+        self._calls += 1
+        return out
+
+    def _check_turn(self, step: int, layer: int, q: Tensor) -> None:
+        schedule = self.plan.schedule
+        if step == len(schedule):
+            raise ValueError(f"all {step} steps of schedule {schedule.name} are done; call reset() to start again")
+        if layer != self.layer:
+            whole_number("layer", layer, 0)
+            raise ValueError(f"layer is {layer}; the plan's next call is layer {self.layer} of step {step}")
+        if q.dim() == 4 and q.shape[0] != self.batch:
+            raise ValueError(f"q has batch {q.shape[0]}; this cache was made for {self.batch} sequences")
+        if q.dim() == 4 and q.shape[1] != schedule.tokens[step]:
+            h, w = schedule.sizes[step]
+            raise ValueError(
+                f"q has {q.shape[1]} tokens; step {step} of schedule {schedule.name} has {h}·{w} = {h * w}"
+            )
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise TypeError where one of them is no tensor."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        instance_of(name, tensor, Tensor)
+
+
+def _upload(plan: CachePlan, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """Every call's (1, heads, S) tables, as views of one device tensor."""
+    calls = [(step, layer) for step in range(len(plan.schedule)) for layer in range(plan.num_layers)]
+    tables: list[Slots] = [table(*call) for table in (plan.read_slots, plan.write_slots) for call in calls]
+    flat = torch.from_numpy(np.concatenate([table.ravel() for table in tables])).to(device)
+    views = [
+        view.view(1, plan.heads, view.numel() // plan.heads) for view in flat.split([table.size for table in tables])
+    ]
+    return views[: len(calls)], views[len(calls) :]

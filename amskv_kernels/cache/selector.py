@@ -1,0 +1,134 @@
+"""Token policies on the device: score the keys, keep the best of each sequence and head, move them to fresh pages.
+
+All shapes follow from the plan, and nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from amskv_kernels import ops  # noqa: F401 - registers torch.ops.amskv
+from amskv_kernels.planning.plan import CachePlan, Compaction
+from amskv_kernels.policies.base import Selection
+
+
+def choose(scores: Tensor, always: Tensor, kept: int, selection: Selection) -> Tensor:
+    """The keys to keep of each sequence and head.
+
+    Args:
+        scores: (B, Hkv, N) fp32; changed in place.
+        always: (A,) keys that are kept whatever their score.
+        kept: how many in all, A … N.
+        selection: how scores are pooled.
+
+    Returns:
+        (B, Hkv, kept) int64, ascending.
+    """
+    if selection.pool is not None:
+        # What is kept anyway lends its score to no neighbour.
+        scores.index_fill_(2, always, -math.inf if selection.pool == "max" else 0.0)
+        pool = F.max_pool1d if selection.pool == "max" else F.avg_pool1d
+        scores = pool(scores, selection.kernel, stride=1, padding=selection.kernel // 2)
+    scores.index_fill_(2, always, -math.inf)
+    picked = scores.topk(kept - len(always), sorted=False).indices
+    return torch.cat([picked, always.expand(*scores.shape[:2], -1)], dim=2).sort().values
+
+
+class TokenSelector:
+    """Carries out a plan's compactions.
+
+    Args:
+        plan: of a token policy.
+        pages: the pool.
+        arena: (B, Hkv) int32.
+    """
+
+    def __init__(self, plan: CachePlan, pages: Tensor, arena: Tensor) -> None:
+        assert plan.selection is not None
+        self.plan, self.selection = plan, plan.selection
+        self._pages, self._arena = pages, arena
+        self._tables: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}  # observers, always, slots
+        for call, at in _calls(plan):
+            lists = (at.observers, at.always, at.slots.tolist())
+            observers, always, slots = (torch.tensor(x, dtype=torch.int64, device=pages.device) for x in lists)
+            self._tables[call] = observers, always, slots.to(torch.int32).view(1, 1, -1)
+        self._last = {layer: step for (step, layer), _ in _calls(plan)}  # the last compaction of each layer
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what the last generation left."""
+        self._raw: Tensor | None = None
+        self._sums: dict[int, Tensor] = {}
+
+    def prepare(self, step: int, layer: int, x: Tensor, weight: Tensor) -> None:
+        """Project the observers' raw queries, if this call needs them.
+
+        Args:
+            step: of the coming call.
+            layer: of the coming call.
+            x: (B, n, C), what the layer's projection gets.
+            weight: (H · D, C), the query part of its weight.
+        """
+        if self.selection.raw_queries and (step, layer) in self._tables:
+            observing = x.index_select(1, self._tables[step, layer][0])
+            head_dim = self._pages.shape[3]
+            self._raw = F.linear(observing, weight).unflatten(2, (-1, head_dim)).to(self._pages.dtype)
+
+    def check(self, step: int, layer: int) -> None:
+        """Raise ValueError where raw queries are needed and `prepare` has not been called."""
+        if self.selection.raw_queries and (step, layer) in self._tables and self._raw is None:
+            raise ValueError(
+                'mode "released" scores with raw queries; call prepare(layer, x, weight) before attend, or use '
+                'mode "paper"'
+            )
+
+    def after(self, step: int, layer: int, q: Tensor, k: Tensor, v: Tensor, read: Tensor, softmax_scale: float) -> None:
+        """What follows the attention of a call: arguments as it had them, `read` its read slots."""
+        at = self.plan.compaction(step, layer)
+        if at is None and not (self.selection.accumulate and step < self._last.get(layer, -1)):
+            return
+        if self.selection.observers == "none":
+            assert at is not None
+            keep = self._tables[step, layer][1].expand(*self._arena.shape, -1)
+        else:
+            scores = self._scores(step, layer, q, k, read, softmax_scale)
+            if self.selection.accumulate:
+                earlier = self._sums.get(layer)
+                if earlier is not None:
+                    scores[..., : earlier.shape[2]] += earlier
+                self._sums[layer] = scores
+            if at is None:
+                return
+            keep = choose(scores.clone(), self._tables[step, layer][1], at.kept, self.selection)
+            if self.selection.accumulate:
+                self._sums[layer] = scores.gather(2, keep)
+        held, rows = self.plan.read_rows(step, layer), read.shape[2] * self.plan.page_size
+        keys = torch.where(keep < held, keep, keep + (rows - held))
+        slots = self._tables[step, layer][2]
+        torch.ops.amskv.compact(self._pages, self._arena, read, k, v, keys.contiguous(), slots)
+
+    def _scores(self, step: int, layer: int, q: Tensor, k: Tensor, read: Tensor, softmax_scale: float) -> Tensor:
+        """(B, Hkv, held + n) fp32 in the order of the keys."""
+        if self.selection.raw_queries:
+            assert self._raw is not None
+            observing, self._raw, softmax_scale = self._raw, None, 1 / math.sqrt(q.shape[3])
+        elif self.selection.observers == "all":
+            observing = q
+        else:
+            observing = q.index_select(1, self._tables[step, layer][0])
+        mode = self.selection.score
+        scores = torch.ops.amskv.window_scores(observing, k, self._pages, self._arena, read, softmax_scale, mode)
+        held, rows = self.plan.read_rows(step, layer), read.shape[2] * self.plan.page_size
+        # The rest of the last page names no key.
+        return scores if held == rows else torch.cat([scores[..., :held], scores[..., rows:]], dim=2)
+
+
+def _calls(plan: CachePlan) -> list[tuple[tuple[int, int], Compaction]]:
+    calls = np.ndindex(len(plan.schedule), plan.num_layers)
+    found = (((step, layer), plan.compaction(step, layer)) for step, layer in calls)
+    return [(call, at) for call, at in found if at is not None]

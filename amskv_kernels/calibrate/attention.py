@@ -1,0 +1,126 @@
+"""Who attends to what: ScaleKV's attention selectivity index (ASI) and HeatKV's S-CAS, from one recorder.
+
+ASI's two expectations run over queries, heads and sequences, which is not published; the number of strong history
+keys, K′, is a parameter.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from amskv_kernels.models.attention import Attention
+from amskv_kernels.policies.heads import HeadOrders
+from amskv_kernels.policies.tokens import Drafters, choose_drafters
+from amskv_kernels.schedule import ScaleSchedule
+
+
+class AttentionRecorder:
+    """Watches who attends to what, layer by layer and scale by scale, and averages it over generations.
+
+    Stands before another attention object (`attend`), or only listens (`observe`). It keeps all keys and computes all
+    attention probabilities once more, some queries at a time.
+
+    Args:
+        schedule: the model's schedule.
+        num_layers: L.
+        inner: where calls go on to; not needed to `observe`.
+        top: K′, how many of the strongest history keys count as selective.
+        rows: queries at a time.
+    """
+
+    keeps_fp32_keys = False
+
+    def __init__(
+        self, schedule: ScaleSchedule, num_layers: int, inner: Attention | None = None, top: int = 16, rows: int = 1024
+    ) -> None:  # fmt: skip
+        if top < 1:
+            raise ValueError(f"top is {top}; it must be at least 1")
+        self.schedule, self.inner, self.top = schedule, inner, top
+        self.images = 0
+        self._rows = rows
+        # Mean attention to the current map, and to the strongest `top` keys of the history.
+        self._current, self._strong = torch.zeros(2, num_layers, len(schedule), dtype=torch.float64)
+        self._mass: Tensor | None = None  # (L, Hkv, K) attention to each earlier scale, summed over later ones
+        self._sequences = 0
+        self._calls = 0
+        self._keys: list[list[Tensor]] = [[] for _ in range(num_layers)]
+
+    def observe(self, layer: int, q: Tensor, k: Tensor, softmax_scale: float) -> None:
+        """Take q (B, n, H, D) and k (B, n, Hkv, D) of the next call; layers come in order, step by step."""
+        step, expected = divmod(self._calls, len(self._keys))
+        if layer != expected:
+            raise ValueError(f"layer is {layer}; the next call is layer {expected} of step {step}")
+        if self._mass is None:
+            self._mass = torch.zeros(len(self._keys), k.shape[2], len(self.schedule), dtype=torch.float64)
+        keys = self._keys[layer] = [*self._keys[layer], k] if step else [k]
+        every = torch.cat(keys, dim=1).float().permute(0, 2, 3, 1)  # [B, Hkv, D, N]
+        strong, scales, queries = 0.0, torch.zeros(k.shape[2], step + 1, dtype=torch.float64), q.shape[1]
+        for part in q.float().split(self._rows, dim=1):
+            grouped = part.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, Hkv, G·n, D]
+            weights = (softmax_scale * grouped @ every).softmax(-1)
+            share = part.shape[1] / queries
+            for scale, own in enumerate(weights.split([each.shape[1] for each in keys], dim=-1)):
+                scales[:, scale] += share * own.sum(-1).mean((0, 2)).double().cpu()
+            history = weights[..., : every.shape[3] - k.shape[1]]
+            if step:
+                strong += share * float(history.topk(min(self.top, history.shape[3])).values.sum(-1).mean())
+        sequences = k.shape[0]
+        self._current[layer, step] += sequences * float(scales[:, step].mean())
+        self._strong[layer, step] += sequences * strong
+        self._mass[layer, :, :step] += sequences * scales[:, :step]
+        self._calls += 1
+        if self._calls == len(self.schedule) * len(self._keys):
+            self._calls = 0
+            self._sequences += sequences
+            self.images += sequences // 2
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+        """`observe`, then what the inner attention gives."""
+        if self.inner is None:
+            raise ValueError("this recorder has no inner attention; give it one to attend through it")
+        self.observe(layer, q, k, softmax_scale)
+        return self.inner.attend(layer, q, k, v, softmax_scale)
+
+    def selectivity(self) -> tuple[tuple[float, ...], ...]:
+        """(L, K) ASI: the mean attention to the current map times that to the strongest `top` keys of the history.
+
+        Raises:
+            ValueError: no generation has been seen to its end.
+        """
+        self._check_seen()
+        return tuple(tuple(row) for row in (self._current * self._strong / self._sequences**2).tolist())
+
+    def scores(self) -> list[list[list[float]]]:
+        """(L, Hkv, K) S-CAS: mean attention that a head pays to a scale while each later one is drawn.
+
+        Raises:
+            ValueError: no generation has been seen to its end.
+        """
+        self._check_seen()
+        assert self._mass is not None
+        later = torch.arange(len(self.schedule) - 1, -1, -1).clamp_min(1)
+        return (self._mass / (self._sequences * later)).tolist()
+
+    def check_count(self, count: int | None) -> None:
+        """Raise ValueError for a `count` that `drafters` would refuse, before anything is measured."""
+        choose_drafters([[0.0] * len(self.schedule)] * len(self._keys), count, self._first)
+
+    @property
+    def _first(self) -> int:
+        """The first scale whose history is longer than `top`."""
+        return sum(offset <= self.top for offset in self.schedule.offsets)
+
+    def drafters(self, count: int | None = None, model: str = "unnamed") -> Drafters:
+        """ScaleKV's drafters; `count` is N_d, see `choose_drafters`."""
+        table = self.selectivity()
+        layers = choose_drafters(table, count, self._first)
+        return Drafters(self.schedule.sizes, table, layers, self.top, self.images, model)
+
+    def orders(self, protected: int = 3, model: str = "unnamed") -> HeadOrders:
+        """HeatKV's head orders, the first `protected` scales aside."""
+        return HeadOrders.from_scores(self.scores(), self.schedule, protected, self.images, model)
+
+    def _check_seen(self) -> None:
+        if self._sequences == 0:
+            raise ValueError("no whole generation has been recorded yet")

@@ -1,0 +1,55 @@
+"""The command line: `amskv`, or `python -m amskv_kernels`; one file per command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from amskv_kernels.cli import calibrate, doctor, plan
+from amskv_kernels.version import __version__
+
+DESCRIPTION = """\
+Attention over a planned, paged KV cache for next-scale (VAR) image models.
+
+start here:
+  amskv doctor                                                what this machine can run, and why
+  amskv plan --model var-d30 --policy ams-kv:75 --images 64   exact cache memory, before running anything
+  amskv calibrate --help                                      measure your checkpoint for AMS-KV, ScaleKV or HeatKV
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """One line, no usage block."""
+        raise SystemExit(_complain(f"{message} (see {self.prog} --help)"))
+
+
+def _complain(message: str) -> int:
+    print(f"amskv: {message}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="amskv", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"amskv_kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for command in (plan, calibrate, doctor):
+        command.add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code, 2 for anything the user can mend."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return run(arguments)
+    except (ValueError, RuntimeError, OSError) as error:
+        return _complain(str(error).splitlines()[0])

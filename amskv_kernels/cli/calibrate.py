@@ -1,0 +1,141 @@
+"""`amskv calibrate`: measure a checkpoint for AMS-KV, ScaleKV or HeatKV."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from amskv_kernels.cli.arguments import device, number, output_file, picture, seed
+
+if TYPE_CHECKING:
+    from amskv_kernels.models import VAR
+
+TOP, PROTECTED = 16, 3
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser's."""
+    calibrate = commands.add_parser("calibrate", help="measure a model for AMS-KV, ScaleKV or HeatKV")
+    calibrate.add_argument("--var", required=True, metavar="FILE", help="var_d*.pth or safetensors")
+    calibrate.add_argument("--vae", required=True, metavar="FILE", help="vae_ch160v4096z32.pth or safetensors")
+    calibrate.add_argument("--model", help="var-d16 … var-d36; needed for .pth files, checked for others")
+    calibrate.add_argument(
+        "--method", choices=sorted(_METHODS), default="similarity",
+        help="similarity of keys for AMS-KV (default), attention selectivity (ASI) for ScaleKV, S-CAS for HeatKV",
+    )  # fmt: skip
+    calibrate.add_argument("--theta", type=number, help="similarity: layers of a mean below this are demanding")
+    calibrate.add_argument(
+        "--count", type=int,
+        help="similarity: this many layers are demanding; asi: this many (layer, scale) pairs are drafters",
+    )  # fmt: skip
+    calibrate.add_argument("--top", type=int, help=f"asi: strongest history keys that count (default {TOP})")
+    calibrate.add_argument("--protected", type=int, help=f"scas: scales that no head drops (default {PROTECTED})")
+    calibrate.add_argument("--images", type=int, default=32, help="images to measure (default 32)")
+    calibrate.add_argument("--batch", type=int, default=16, help="images at once (default 16)")
+    calibrate.add_argument("--seed", type=seed, default=0)
+    calibrate.add_argument("--device", type=device, default="cpu", help="cpu (default), cuda or cuda:N")
+    calibrate.add_argument("--out", type=output_file, default="calibration.json", help="default calibration.json")
+    calibrate.add_argument("--plot", type=picture, metavar="PNG", help="similarity: draw it, layers × scales")
+    calibrate.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, and write the file."""
+    for name in ("theta", "count", "top", "protected", "plot"):
+        if name not in _OPTIONS[arguments.method] and getattr(arguments, name) is not None:
+            own = ", ".join(f"--{option}" for option in _OPTIONS[arguments.method])
+            raise ValueError(f"--{name} means nothing to --method {arguments.method}, whose own options are {own}")
+    if arguments.method == "similarity" and arguments.theta is None and arguments.count is None:
+        raise ValueError("give --theta or --count: how to choose the demanding layers")
+    if arguments.method == "similarity" and arguments.theta is not None and arguments.count is not None:
+        raise ValueError("give --theta or --count, not both")
+    for name, value in (("--images", arguments.images), ("--batch", arguments.batch)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    policy: str = _METHODS[arguments.method](arguments)
+    print(f"written           {arguments.out}")
+    print(f"next              amskv plan --model … --policy {policy}@{arguments.out}")
+    return 0
+
+
+def _similarity(arguments: argparse.Namespace) -> str:
+    from amskv_kernels.calibrate import SimilarityRecorder, calibrate
+    from amskv_kernels.cli import plots
+
+    var, generate, name = _load(arguments)
+    if arguments.count is not None and not 0 <= arguments.count <= var.config.depth:
+        raise ValueError(f"--count is {arguments.count}; it must be within 0 … {var.config.depth}, the model's layers")
+    recorder = SimilarityRecorder(var.config.schedule, var.config.depth)
+    found = calibrate(generate, recorder, theta=arguments.theta, count=arguments.count, model=name)
+    found.save(arguments.out)
+    layers = ", ".join(map(str, found.demanding_layers)) or "none"
+    print(f"demanding layers  {layers} (similarity below {found.theta:.4f})")
+    if arguments.plot:
+        plots.similarity(found, arguments.plot)
+        print(f"plot              {arguments.plot}")
+    return "ams-kv:75"
+
+
+def _asi(arguments: argparse.Namespace) -> str:
+    from amskv_kernels.calibrate import AttentionRecorder
+
+    var, generate, name = _load(arguments)
+    top = TOP if arguments.top is None else arguments.top
+    recorder = AttentionRecorder(var.config.schedule, var.config.depth, top=top)
+    recorder.check_count(arguments.count)
+    generate(recorder)
+    found = recorder.drafters(arguments.count, name)
+    found.save(arguments.out)
+    layers = " ".join(",".join(map(str, each)) or "–" for each in found.layers)
+    print(f"drafters          {layers} (by scale)")
+    return "scalekv:10"
+
+
+def _scas(arguments: argparse.Namespace) -> str:
+    from amskv_kernels.calibrate import AttentionRecorder
+
+    var, generate, name = _load(arguments)
+    most = len(var.config.schedule) - 2
+    protected = min(PROTECTED, most) if arguments.protected is None else arguments.protected
+    if not 0 <= protected <= most:
+        raise ValueError(f"--protected is {protected}; it must be within 0 … {most}, of the scales that are read later")
+    recorder = AttentionRecorder(var.config.schedule, var.config.depth)
+    generate(recorder)
+    found = recorder.orders(protected, name)
+    found.save(arguments.out)
+    weakest = ", ".join(f"head {head} of layer {layer}" for head, layer in found.orders[-1][:3])
+    print(f"head orders       {len(found.orders)} source scales; least needed of the last: {weakest}")
+    return "heatkv:10"
+
+
+_METHODS = {"similarity": _similarity, "asi": _asi, "scas": _scas}
+_OPTIONS = {"similarity": ("theta", "count", "plot"), "asi": ("count", "top"), "scas": ("protected",)}
+
+
+def _load(arguments: argparse.Namespace) -> tuple[VAR, Callable[[Any], None], str]:
+    """The model, what draws the images with a recorder in between, and a name."""
+    import torch
+    from tqdm import tqdm
+
+    from amskv_kernels.models import ConcatKVCache
+    from amskv_kernels.models.checkpoint import load
+
+    var, vae = load(arguments.var, arguments.vae, arguments.model, arguments.device)
+    config, device = var.config, var.lvl_1L.device
+    labels = torch.arange(arguments.images, device=device) % config.num_classes
+
+    def generate(recorder: Any) -> None:
+        batches = labels.split(arguments.batch)
+        recorder.inner = cache = ConcatKVCache()
+        rng = torch.Generator(device).manual_seed(arguments.seed)
+        with tqdm(total=len(batches) * len(config.schedule), unit="step", disable=not sys.stderr.isatty()) as bar:
+            for part in batches:
+                cache.reset()
+                top_k = min(900, config.vocab_size)
+                var.generate(vae, part, recorder, top_k=top_k, generator=rng, progress=lambda *_: bar.update() and None)
+
+    return var, generate, arguments.model or Path(arguments.var).stem

@@ -1,0 +1,91 @@
+"""`amskv doctor`: what this machine has, and which backend serves which op on it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import textwrap
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from amskv_kernels import ops
+from amskv_kernels.ops.backends import library
+from amskv_kernels.planning.memory import counted
+from amskv_kernels.version import __version__
+
+WIDTH = 100  # columns of the printed report
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser's."""
+    doctor = commands.add_parser("doctor", help="versions, devices, and which backend serves which op")
+    doctor.add_argument("--json", action="store_true")
+    doctor.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Look around, and print what was found."""
+    facts = diagnose()
+    print(json.dumps(facts, indent=2) if arguments.json else render(facts))
+    return 0
+
+
+def diagnose() -> dict[str, dict[str, str]]:
+    """Versions, devices, and per device type and op the backend chosen with its reason."""
+    devices = {"cpu": f"{platform.machine()}, {counted(torch.get_num_threads(), 'thread')}"}
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        devices[f"cuda:{i}"] = (
+            f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+        )
+    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    backends = {}
+    for kind in kinds:
+        for op in ops.SCHEMAS:
+            choice = ops.choose(op, kind)
+            backends[f"{op} on {kind}"] = f"{choice.backend} ({choice.reason})"
+    if "cuda" not in kinds:
+        backends["on cuda"] = "no CUDA device is visible to this torch"
+    return {
+        "versions": {
+            "amskv_kernels": __version__,
+            "python": platform.python_version(),
+            "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
+            "triton": _version("triton"),
+            "numpy": _version("numpy"),
+            "libamskv.so": _library(),
+        },
+        "devices": devices,
+        "backends": backends,
+    }
+
+
+def render(facts: dict[str, dict[str, str]]) -> str:
+    """What `diagnose` found, for people: a column of names, and what belongs to each wrapped beside it."""
+    column = max(len(name) for entries in facts.values() for name in entries)
+    lines = []
+    for section, entries in facts.items():
+        lines.append(section)
+        for name, value in entries.items():
+            start = f"  {name:<{column}}  "
+            lines += textwrap.wrap(
+                value, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False
+            )
+    return "\n".join(lines)
+
+
+def _library() -> str:
+    if (reason := library.why_not_loaded()) is not None:
+        return reason.removeprefix("libamskv.so ")
+    built = library.build_info()
+    return f"loaded, built with CUDA {built['cuda']} for {built['architectures']}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,124 @@
+"""Pictures of plans and calibrations. Needs matplotlib (`pip install 'amskv_kernels[plot]'`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from amskv_kernels.planning.memory import MIB, counted
+from amskv_kernels.planning.plan import CachePlan
+from amskv_kernels.policies import Calibration
+
+FORMATS = (".png", ".pdf")
+
+
+def picture_path(name: str) -> Path:
+    """The file that a picture of this name goes to: a name without an ending gets `.png`.
+
+    Raises:
+        ValueError: no name, a directory, or another ending than `FORMATS`.
+        RuntimeError: there is no matplotlib to draw with.
+    """
+    path = Path(name)
+    if not path.name or name.endswith("/") or path.is_dir():
+        raise ValueError(f"{name!r} is {'a directory' if name else 'empty'}; it must name a file")
+    if path.suffix not in ("", *FORMATS):
+        raise ValueError(f"{name!r} ends in {path.suffix}; pictures are {' or '.join(FORMATS)}")
+    _pyplot()
+    return path if path.suffix else path.with_name(f"{path.name}.png")
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise RuntimeError("plots need matplotlib: pip install 'amskv_kernels[plot]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _axes(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    pyplot = _pyplot()
+    return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", dpi=120)
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+    _pyplot().close(figure)
+
+
+def timeline(plans: Mapping[str, CachePlan], token_bytes: Mapping[str, int], title: str, path: str | Path) -> None:
+    """Bytes in the cache over the steps of a generation, one line a plan, stock code's on top.
+
+    Args:
+        plans: by the name to show; all of one schedule and depth.
+        token_bytes: bytes of one token in one layer over all sequences and heads, for "ours" and "stock".
+        title: of the picture.
+        path: of the PNG.
+    """
+    figure, axes = _axes(8, 4.5)
+    first = next(iter(plans.values()))
+    tokens, layers = np.asarray(first.schedule.tokens), first.num_layers
+    steps = np.arange(len(tokens))
+    calls = 1 + steps.repeat(layers) + np.tile(np.arange(layers), len(steps)) / layers
+    stock = np.cumsum(tokens.repeat(layers)) * token_bytes["stock"] / MIB
+    axes.plot(calls, stock, color="black", linestyle="--", label="stock")
+    for name, plan in plans.items():
+        axes.plot(calls, plan.live.ravel() / plan.heads * token_bytes["ours"] / MIB, label=name)
+    axes.set_xticks(steps + 1, [f"{h}×{w}" for h, w in first.schedule.sizes])
+    axes.set_xlabel("step: the map being drawn, layer by layer")
+    axes.set_ylabel("MiB in the cache")
+    axes.set_ylim(bottom=0)
+    axes.set_title(title)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def similarity(calibration: Calibration, path: str | Path) -> None:
+    """Inter-scale key similarity, layers × scales; cache-demanding layers are marked."""
+    table = np.asarray(calibration.similarity)[:, 1:]
+    figure, axes = _axes(1.5 + 0.6 * table.shape[1], 1.8 + 0.28 * table.shape[0])
+    image = axes.imshow(table, aspect="auto", cmap="viridis")
+    figure.colorbar(image, ax=axes, label="similarity (− mean L2 distance)")
+    axes.set_xticks(range(table.shape[1]), [f"{h}×{w}" for h, w in calibration.schedule[1:]], rotation=45)
+    marks = [f"{layer} *" if layer in calibration.demanding_layers else f"{layer}" for layer in range(len(table))]
+    axes.set_yticks(range(len(table)), marks)
+    axes.set_xlabel("scale, compared with the one before")
+    axes.set_ylabel("layer (* cache-demanding)")
+    axes.set_title(f"Key similarity of {calibration.model}, {counted(calibration.images, 'image')}")
+    _save(figure, path)
+
+
+def quality(rows: Sequence[Mapping[str, Any]], title: str, path: str | Path) -> None:
+    """Quality over bytes, and what explains it, one line a policy.
+
+    Args:
+        rows: of each policy and size: "policy", "retained_share" of stock's bytes, "psnr_db" (None: identical, not
+            drawn), "attention_error".
+        title: of the picture.
+        path: of the PNG.
+    """
+    figure, (left, right) = _axes(11, 4.5, columns=2)
+    names = list(dict.fromkeys(row["policy"] for row in rows if row["psnr_db"] is not None))
+    for i, name in enumerate(names):
+        own = sorted((row for row in rows if row["policy"] == name), key=lambda row: row["retained_share"])
+        shares = [100 * row["retained_share"] for row in own]
+        style: dict[str, Any] = {"marker": "osD^v<>PX*dp"[i % 12], "markersize": 5, "linewidth": 1.3, "label": name}
+        style["color"] = f"C{i}" if i < 10 else ("black", "navy")[i % 2]
+        left.plot(shares, [row["psnr_db"] for row in own], **style)
+        right.plot(shares, [100 * row["attention_error"] for row in own], **style)
+    left.set_ylabel("PSNR to the full cache's images, dB")
+    right.set_ylabel("attention error, %")
+    for axes in (left, right):
+        axes.set_xlabel("retained, % of stock's bytes")
+        axes.grid(alpha=0.3)
+    right.legend(fontsize=8)
+    figure.suptitle(title)
+    _save(figure, path)

@@ -1,0 +1,29 @@
+"""What a model asks of whoever computes its attention."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Attention(Protocol):
+    """Where a layer's q, k, v go: a cache in generation, a mask in training.
+
+    An object may also have `keeps_fp32_keys = True`: then q and k of an L2-normalised model arrive in fp32, as stock
+    code caches them. Without it (or False) they arrive in v's dtype. And it may have `prepare(layer, x, weight)`,
+    called before each `attend` with the input (B, n, C) and the weight (H · D, C) of the layer's query projection.
+    """
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+        """Attend from q over k, v and whatever else the object lets layer `layer` (0-based) see.
+
+        Args:
+            layer: layers come in order, once per step.
+            q, k, v: (B, n, H, D), any strides whose last dimension is contiguous.
+            softmax_scale: factor on q·k.
+
+        Returns:
+            (B, n, H, D) in v's dtype.
+        """
+        ...

@@ -1,0 +1,173 @@
+"""`torch.ops.amskv.*`: the typed public functions.
+
+The layout of `pages`, `arena` and slots stands in `amskv_kernels.planning.layout`. Inference only: no autograd formula
+is registered, outputs never require grad. Every implementation gets arguments that `checks` has passed.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from amskv_kernels.ops import dispatch
+from amskv_kernels.ops.checks import (
+    check_append,
+    check_attn,
+    check_compact,
+    check_prepare_qk,
+    check_window_scores,
+    refuse_gradients,
+)
+from amskv_kernels.ops.dispatch import backend, choose, debug
+from amskv_kernels.ops.schemas import SCHEMAS
+from amskv_kernels.ops.tables import check_keep, check_tables
+
+__all__ = [
+    "SCHEMAS",
+    "append",
+    "attn",
+    "backend",
+    "choose",
+    "compact",
+    "debug",
+    "prepare_qk",
+    "window_scores",
+]
+
+
+def attn(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
+    read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention over paged history and the current scale, which is stored on the way: `torch.ops.amskv.attn`.
+
+    Keys are every row that `read_slots` name, then the n rows of k; none is masked. Query head h uses KV head
+    h // (H // Hkv). `write_slots` take the rows of k, v in order, page by page, and the rest of every written
+    page becomes zero; empty stores nothing. Where their rows sum to n + r, the first page already holds r rows
+    and keeps them: that page may be read by the same call, no other written page may.
+
+    Args:
+        q: (B, n, H, D) fp16, bf16 or fp32; any strides whose last is 1. D is 64, 96 or 128.
+        k: (B, n, Hkv, D), as q.
+        v: as k.
+        pages: (num_pages, 2, page_size, D), q's dtype, contiguous; page_size is 16, 32, 64 or 128. Of a page named in
+            part, the other rows must be finite: they are fetched and weighed 0. Stores leave zeros there.
+        arena: (B, Hkv) int32.
+        read_slots: (B|1, Hkv|1, S) int32; size-1 dimensions broadcast, S may be 0.
+        write_slots: as read_slots, with its own S.
+        softmax_scale: finite and above 0.
+
+    Returns:
+        out (B, n, H, D), contiguous, q's dtype, and lse (B, H, n) fp32, natural log.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong device, shape, stride, head count or slot table.
+        RuntimeError: autograd would record the call.
+    """
+    check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
+    refuse_gradients(q, k, v, pages)
+    if dispatch.settings["debug"]:
+        check_tables(pages, arena, read_slots, write_slots, k.shape[1])
+    module = dispatch.backend_of("attn", q)
+    return module.attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
+
+
+def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:
+    """The store of `attn` alone, for a framework that attends by other means: `torch.ops.amskv.append`.
+
+    Arguments and errors as for `attn`.
+    """
+    check_append(k, v, pages, arena, write_slots)
+    refuse_gradients(k, v, pages)
+    if dispatch.settings["debug"]:
+        check_tables(pages, arena, write_slots[..., :0].contiguous(), write_slots, k.shape[1])
+    module = dispatch.backend_of("append", k)
+    module.append(k, v, pages, arena, write_slots)
+
+
+def prepare_qk(
+    qkv: Tensor, kv_heads: int, q_scale: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
+    l2norm: bool = False, eps: float = 1e-12,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What a model does to q and k before attention, in one pass and in fp32: `torch.ops.amskv.prepare_qk`.
+
+    L2 norm of each head (as `torch.nn.functional.normalize`), q times its head's scale, rotation of the pairs
+    (2i, 2i + 1) by the token's angles; each only if asked for, rounded once at the end.
+
+    Args:
+        qkv: (B, n, H + 2 · Hkv, D): the heads of q, then of k, then of v; any strides whose last is 1. VAR's
+            (B, n, 3, H, D) is this with Hkv = H after `flatten(2, 3)`.
+        kv_heads: Hkv.
+        q_scale: (H,) fp32.
+        cos: (n, D / 2) fp32, see `amskv_kernels.models.rope.rope2d_tables`.
+        sin: as cos.
+        l2norm: whether q and k are normalised.
+        eps: the least norm divided by.
+
+    Returns:
+        q (B, n, H, D) and k (B, n, Hkv, D), contiguous, qkv's dtype. v needs nothing: slice it.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong device, shape, stride or head count.
+    """
+    check_prepare_qk(qkv, kv_heads, q_scale, cos, sin, eps)
+    refuse_gradients(*(x for x in (qkv, q_scale, cos, sin) if x is not None))
+    module = dispatch.backend_of("prepare_qk", qkv)
+    return module.prepare_qk(qkv, kv_heads, q_scale, cos, sin, l2norm, eps)
+
+
+def window_scores(
+    q_window: Tensor, k: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor,
+    softmax_scale: float, mode: str = "softmax",
+) -> Tensor:  # fmt: skip
+    """How much an observation window of queries attends to each key, for token policies.
+
+    Keys stand in this order: page_size rows of every entry of `read_slots`, named or not, then the rows of k.
+
+    Args:
+        q_window: (B, W, H, D), k's dtype; usually 16 queries spread over the current scale.
+        k: (B, n, Hkv, D), pages, arena, read_slots: as for `attn`.
+        softmax_scale: finite and above 0.
+        mode: "softmax" sums each query's probabilities over all keys, "sum_logits" its scaled logits.
+
+    Returns:
+        (B, Hkv, S · page_size + n) fp32: summed over the window and over the query heads of a KV head; −inf for
+        rows that no entry names.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong device, shape, stride, head count, mode or slot table.
+    """
+    check_window_scores(q_window, k, pages, arena, read_slots, softmax_scale, mode)
+    refuse_gradients(q_window, k, pages)
+    if dispatch.settings["debug"]:
+        check_tables(pages, arena, read_slots, read_slots[..., :0].contiguous(), k.shape[1])
+    module = dispatch.backend_of("window_scores", k)
+    return module.window_scores(q_window, k, pages, arena, read_slots, softmax_scale, mode)
+
+
+def compact(
+    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor
+) -> None:  # fmt: skip
+    """Copy chosen rows of [history, k and v] into fresh pages: `torch.ops.amskv.compact`.
+
+    Args:
+        pages: as for `attn`.
+        arena: as for `attn`.
+        src_slots: the history, as `window_scores` took it.
+        k: (B, n, Hkv, D), the current rows.
+        v: as k.
+        keep: (B, Hkv, M) int32 or int64, ascending: the keys to keep, counted as `window_scores` orders them.
+        dst_slots: (B|1, Hkv|1, S) int32; they name M rows, in pages that src_slots do not name. The rest of every
+            page becomes zero.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong device, shape, stride or table.
+    """
+    check_compact(pages, arena, src_slots, k, v, keep, dst_slots)
+    refuse_gradients(k, v, pages)
+    if dispatch.settings["debug"]:
+        check_keep(pages, arena, src_slots, keep, dst_slots, k.shape[1])
+    module = dispatch.backend_of("compact", k)
+    module.compact(pages, arena, src_slots, k, v, keep, dst_slots)
+
+
+dispatch.register((attn, append, prepare_qk, window_scores, compact))

@@ -1,0 +1,35 @@
+"""The CUDA library with its Hopper kernel: TMA and wgmma where the tile table wants them, else the portable kernel.
+
+The table (csrc/common/tiles.h) takes head sizes 64 and 128 and scales of more than 64 tokens. Whole pages are fetched,
+so the other rows of a page named in part must be finite; `attn`, `append` and `compact` leave zeros there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from amskv_kernels.ops.backends.library import portable
+
+CAPABILITY = (9, 0)  # wgmma exists there and nowhere else
+TESTED = False  # whether a test report from a Hopper GPU is committed; until then it serves only when forced
+
+append = portable.append
+
+
+def unavailable(device_type: str, forced: bool) -> str | None:
+    """Why the Hopper kernel does not serve tensors on `device_type`, None if it does."""
+    if (reason := portable.unavailable(device_type, forced=True)) is not None:
+        return reason
+    capability = torch.cuda.get_device_capability()
+    if capability != CAPABILITY:
+        return f"needs compute capability 9.0; this GPU has {capability[0]}.{capability[1]}"
+    return None if forced or TESTED else "not yet tested on a Hopper GPU"
+
+
+def attn(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
+    read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `amskv_kernels.ops.attn`; fp16 and bf16."""
+    return torch.ops.amskv.attn_hopper(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)

@@ -1,0 +1,38 @@
+"""The CUDA library's portable kernels, for every NVIDIA GPU from sm_80 on; fp16 and bf16."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from amskv_kernels.ops.backends.library import why_not_loaded
+
+# Compute capabilities on which the library's kernels are the default: those with a test report from a GPU.
+TESTED_CAPABILITIES: frozenset[tuple[int, int]] = frozenset()
+
+
+def unavailable(device_type: str, forced: bool) -> str | None:
+    """Why the library does not serve tensors on `device_type`, None if it does."""
+    if device_type != "cuda":
+        return f"serves CUDA tensors, not {device_type}"
+    if (reason := why_not_loaded()) is not None:
+        return reason
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible to this torch"
+    capability = torch.cuda.get_device_capability()
+    if not forced and capability not in TESTED_CAPABILITIES:
+        return f"not yet tested on compute capability {capability[0]}.{capability[1]}"
+    return None
+
+
+def attn(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
+    read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `amskv_kernels.ops.attn`; fp16 and bf16."""
+    return torch.ops.amskv.attn_cuda(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
+
+
+def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:
+    """See `amskv_kernels.ops.append`; fp16 and bf16."""
+    torch.ops.amskv.append_cuda(k, v, pages, arena, write_slots)

@@ -1,0 +1,298 @@
+"""`attn`: one kernel gathers history through the page table, reads the current scale in place, and stores it.
+
+A head's keys are a sequence of tiles of BN rows: its history, page by page, then the rows of k. A program owns BM
+query rows of one KV head (with GQA the G heads of a group are rows of the same tile: no mask depends on the query)
+and walks all tiles, or one share of them where a second kernel merges the shares (`attn_merge`).
+
+Full tiles come first, in one software-pipelined loop that masks nothing and does not drain between history and
+current rows; tiles with a hole (a partial page, the tail of k) come after them. Keys may be taken in any order.
+
+Storing: each page to be written belongs to one of the head's programs, dealt out in turn. It reads its rows a second
+time, which the loop has just brought into L2; keeping the store out of the loop leaves the loop free of branches.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from amskv_kernels.ops.backends.triton.attn_packed import attn_packed_kernel
+from amskv_kernels.ops.backends.triton.common import (
+    SLOT_BLOCK,
+    SLOT_MASK,
+    describe,
+    finished,
+    on_device,
+    padded,
+    page_offset,
+    product,
+    store_page,
+    table_strides,
+)  # fmt: skip
+from amskv_kernels.ops.backends.triton.tiles import attn_tile, split_count
+
+NO_SPECIAL = ["stride_rb", "stride_rh", "stride_wb", "stride_wh", "n", "S", "S_w", "tiles_m"]
+
+
+@triton.jit
+def full_tiles(p_slots, S, PS: tl.constexpr, BN: tl.constexpr):
+    """Tiles before the first page that is not full."""
+    first = S
+    for i_0 in range(0, S, SLOT_BLOCK):
+        o_s = i_0 + tl.arange(0, SLOT_BLOCK)
+        b_slot = tl.load(p_slots + o_s, mask=o_s < S, other=0)
+        first = tl.minimum(first, tl.min(tl.where((b_slot & SLOT_MASK) < PS, o_s, S)))
+    return first * PS // BN
+
+
+@triton.jit
+def tile_slots(i_t, history, p_slots, S, PS: tl.constexpr, BN: tl.constexpr):
+    """The entry under every row of tile `i_t` of the history [BN], 0 where there is none.
+
+    One load per row also where the tile lies within one page: it costs fewer registers than scalar arithmetic would.
+    """
+    entries = tl.where(history, S, 0)
+    i_s = (i_t * BN + tl.arange(0, BN)) // PS
+    return tl.load(p_slots + i_s, mask=i_s < entries, other=0)
+
+
+@triton.jit
+def key_rows(
+    i_t, history, slot, p_k, p_v, stride_kn, stride_vn, n, pages, page0,
+    D: tl.constexpr, PS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Pointers [BN] to the K and V rows of tile `i_t` of the history or of the current rows, and which are there.
+
+    What differs is selected before the multiplications: a selected pointer would no longer count as aligned, and the
+    loads would be neither 16 bytes wide nor pipelined.
+    """
+    o_n = i_t * BN + tl.arange(0, BN)
+    o_n = tl.where(history, o_n % PS, o_n)
+    b_there = o_n < tl.where(history, slot & SLOT_MASK, n)
+    o_page = page_offset(tl.where(history, page0, 0), slot, PS, D)
+    o_row = o_n.to(tl.int64)
+    b_k = tl.where(history, pages, p_k) + (o_page + o_row * tl.where(history, D, stride_kn))
+    b_v = tl.where(history, pages + PS * D, p_v) + (o_page + o_row * tl.where(history, D, stride_vn))
+    return b_k, b_v, b_there
+
+
+@triton.jit
+def attend_tile(
+    b_q, b_acc, b_sum, b_max, b_pk, b_pv, b_there, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One step of online softmax, in powers of two; MASKED if some of the tile's rows may not be there."""
+    o_d = tl.arange(0, BD)
+    p_k = b_pk[:, None] + o_d[None, :]  # [BN, BD]
+    p_v = b_pv[:, None] + o_d[None, :]
+    if MASKED:
+        b_load = b_there[:, None] & (o_d < D)[None, :]
+        b_k = tl.load(p_k, mask=b_load, other=0.0)
+        b_v = tl.load(p_v, mask=b_load, other=0.0)
+    elif BD > D:
+        b_k = tl.load(p_k, mask=(o_d < D)[None, :], other=0.0)
+        b_v = tl.load(p_v, mask=(o_d < D)[None, :], other=0.0)
+    else:
+        b_k = tl.load(p_k)
+        b_v = tl.load(p_v)
+    b_s = product(b_q, tl.trans(b_k), tl.zeros([b_q.shape[0], b_k.shape[0]], tl.float32))  # [BM, BN]
+    if MASKED:
+        b_s = tl.where(b_there[None, :], b_s, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
+    b_ref = tl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new  # no key yet: −inf − −inf is NaN
+    b_p = tl.exp2(b_s * scale_log2 - b_ref[:, None])
+    b_decay = tl.exp2(b_max - b_ref)
+    b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+    b_acc = product(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None])
+    return b_acc, b_sum, b_new
+
+
+@triton.jit
+def attend_tiles(
+    start, end, tiles_h, first_h, first_c, b_q, b_acc, b_sum, b_max,
+    p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_slots, S, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, PS: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Tiles start … end − 1 of a sequence: `tiles_h` of the history from `first_h` on, then of k from `first_c` on.
+
+    Entries are asked for one tile ahead: inside a tile they would put two latencies between it and its rows.
+    """
+    slot = tile_slots(start + first_h, start < tiles_h, p_slots, S, PS, BN)
+    for i in range(start, end):
+        history = i < tiles_h
+        i_t = tl.where(history, i + first_h, i - tiles_h + first_c)
+        b_pk, b_pv, b_row = key_rows(i_t, history, slot, p_k, p_v, stride_kn, stride_vn, n, pages, page0, D, PS, BN)
+        slot = tile_slots(i + 1 + first_h, i + 1 < tiles_h, p_slots, S, PS, BN)
+        b_acc, b_sum, b_max = attend_tile(b_q, b_acc, b_sum, b_max, b_pk, b_pv, b_row, scale_log2, D, BD, MASKED)
+    return b_acc, b_sum, b_max
+
+
+@triton.jit
+def attend_range(
+    start, end, tiles_h, b_q, p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_slots, S, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, PS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FULL_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over tiles start … end − 1: where FULL_FIRST, those without a hole are numbered first."""
+    full_h, full_c = 0, 0
+    if FULL_FIRST:
+        full_h, full_c = full_tiles(p_slots, S, PS, BN), n // BN
+    b_acc = tl.zeros([BM, BD], tl.float32)
+    b_sum = tl.zeros([BM], tl.float32)
+    b_max = tl.full([BM], float("-inf"), tl.float32)
+    if FULL_FIRST:
+        b_acc, b_sum, b_max = attend_tiles(
+            start, tl.minimum(end, full_h + full_c), full_h, 0, 0, b_q, b_acc, b_sum, b_max,
+            p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_slots, S, scale_log2, D, BD, PS, BN, False,
+        )  # fmt: skip
+        start = tl.maximum(start, full_h + full_c)
+    b_acc, b_sum, b_max = attend_tiles(
+        start - full_h - full_c, end - full_h - full_c, tiles_h - full_h, full_h, full_c, b_q, b_acc, b_sum, b_max,
+        p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_slots, S, scale_log2, D, BD, PS, BN, True,
+    )  # fmt: skip
+    return b_acc, b_sum, b_max
+
+
+@triton.jit(do_not_specialize=NO_SPECIAL)
+def attn_kernel(
+    q, k, v, pages, arena, read_slots, write_slots, out, lse,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+    stride_rb, stride_rh, stride_wb, stride_wh,
+    n, S, S_w, tiles_m, scale_log2,
+    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    FULL_FIRST: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Grid (splits · tiles of n · G rows, KV heads, B); with SPLIT, out and lse have a leading `splits` in fp32."""
+    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    kv_heads = tl.num_programs(1)
+    i_out, i_store, step = i_b, i_m, tl.num_programs(0)
+    if SPLIT:
+        i_split = i_m // tiles_m
+        i_m %= tiles_m
+        i_out += i_split.to(tl.int64) * tl.num_programs(2)  # splits · B come first
+
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_n, o_g = o_m // G, i_h * G + o_m % G  # query row and head of each row of the tile
+    o_d = tl.arange(0, BD)
+    b_there = o_m < n * G
+    b_in = b_there[:, None] & (o_d < D)[None, :]
+    p_q = q + i_b * stride_qb + (o_n.to(tl.int64) * stride_qn + o_g.to(tl.int64) * stride_qh)[:, None] + o_d[None, :]
+    b_q = tl.load(p_q, mask=b_in, other=0.0)  # [BM, BD]
+    page0 = tl.load(arena + i_b * kv_heads + i_h)
+    p_k = k + i_b * stride_kb + i_h.to(tl.int64) * stride_kh
+    p_v = v + i_b * stride_vb + i_h.to(tl.int64) * stride_vh
+    p_read = read_slots + i_b * stride_rb + i_h * stride_rh
+
+    tiles_h = tl.cdiv(S * PS, BN)
+    start, end = 0, tiles_h + tl.cdiv(n, BN)
+    if SPLIT:
+        share = tl.cdiv(end, tl.num_programs(0) // tiles_m)
+        start = i_split * share
+        end = tl.minimum(start + share, end)
+    b_acc, b_sum, b_max = attend_range(
+        start, end, tiles_h, b_q, p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_read, S, scale_log2,
+        D, BD, PS, BM, BN, FULL_FIRST,
+    )  # fmt: skip
+    b_acc, b_lse = finished(b_acc, b_sum, b_max)
+    heads = kv_heads * G
+    p_out = out + i_out * n * heads * D + ((o_n * heads + o_g).to(tl.int64) * D)[:, None] + o_d[None, :]
+    tl.store(p_out, b_acc.to(out.dtype.element_ty), mask=b_in)
+    tl.store(lse + i_out * heads * n + o_g * n + o_n, b_lse, mask=b_there)
+
+    p_write = write_slots + i_b * stride_wb + i_h * stride_wh
+    for i_s in range(i_store, S_w, step):
+        store_page(p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_write, S_w, i_s, D, BD, PS, 16)
+
+
+@triton.jit(do_not_specialize=["rows", "n", "heads", "splits"])
+def attn_merge_kernel(
+    part, part_lse, out, lse, rows, n, heads, splits,
+    D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Merge the shares, in order, for BR of the B · n · H rows: weights exp(lse − max), exact to rounding."""
+    o_row = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)  # (b, i, h), as out lies
+    o_d = tl.arange(0, BD)
+    b_there = o_row < rows
+    b_in = b_there[:, None] & (o_d < D)[None, :]
+    o_lse = (o_row // (n * heads) * heads + o_row % heads) * n + o_row // heads % n  # (b, h, i), as lse lies
+    b_max = tl.full([BR], float("-inf"), tl.float32)
+    o_part = o_lse
+    for _ in range(0, splits):
+        b_max = tl.maximum(b_max, tl.load(part_lse + o_part, mask=b_there, other=0.0))
+        o_part += rows
+    b_ref = tl.where(b_max == float("-inf"), 0.0, b_max)
+    b_acc = tl.zeros([BR, BD], tl.float32)
+    b_sum = tl.zeros([BR], tl.float32)
+    o_part = o_row
+    for _ in range(0, splits):
+        b_weight = tl.exp(tl.load(part_lse + o_lse, mask=b_there, other=0.0) - b_ref)
+        b_part = tl.load(part + o_part[:, None] * D + o_d[None, :], mask=b_in, other=0.0)
+        b_acc += b_weight[:, None] * b_part
+        b_sum += b_weight
+        o_part += rows
+        o_lse += rows
+    b_some = b_sum > 0.0
+    b_acc = b_acc / tl.where(b_some, b_sum, 1.0)[:, None]
+    tl.store(out + o_row[:, None] * D + o_d[None, :], b_acc.to(out.dtype.element_ty), mask=b_in)
+    tl.store(lse + o_lse - o_part + o_row, tl.where(b_some, b_ref + tl.log(b_sum), float("-inf")), mask=b_there)
+
+
+def attn(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
+    read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `amskv_kernels.ops.attn`."""
+    batch, n, heads, head_dim = q.shape
+    out = q.new_empty(batch, n, heads, head_dim)
+    lse = q.new_empty(batch, heads, n, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    device = describe(q.device)
+    kv_heads, page_size, entries = k.shape[2], pages.shape[2], read_slots.shape[2]
+    group = heads // kv_heads
+    tile = attn_tile(device.arch, head_dim, q.element_size(), n * group, entries)
+    tensors = (q, k, v, pages, arena, read_slots, write_slots)
+    strides = (
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *table_strides(read_slots), *table_strides(write_slots)
+    )  # fmt: skip
+    lengths = (n, entries, write_slots.shape[2])
+    scale = softmax_scale / math.log(2)
+    meta = {
+        "G": group, "D": head_dim, "BD": padded(head_dim), "PS": page_size, "BM": tile.block_m, "BN": tile.block_n,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+        "maxnreg": None if tile.heads > 1 and group > 1 else tile.registers,
+        "enable_fp_fusion": True,
+    }  # fmt: skip
+    with on_device(q):
+        if tile.heads > 1:
+            groups = triton.cdiv(kv_heads, tile.heads)
+            attn_packed_kernel[groups * batch,](
+                *tensors, out, lse, *strides, *lengths, kv_heads, scale, HP=tile.heads, **meta
+            )
+            return out, lse
+        tiles_m = triton.cdiv(n * group, tile.block_m)
+        tiles_n = triton.cdiv(entries * page_size, tile.block_n) + triton.cdiv(n, tile.block_n)
+        splits = split_count(tiles_m * kv_heads * batch, tiles_n, device.processors)
+        part, part_lse = out, lse
+        if splits > 1:
+            part = q.new_empty(splits, batch, n, heads, head_dim, dtype=torch.float32)
+            part_lse = q.new_empty(splits, batch, heads, n, dtype=torch.float32)
+        attn_kernel[splits * tiles_m, kv_heads, batch](
+            *tensors, part, part_lse, *strides, *lengths, tiles_m, scale,
+            FULL_FIRST=tile.full_first, SPLIT=splits > 1, **meta,
+        )  # fmt: skip
+        if splits > 1:
+            _merge(part, part_lse, out, lse)
+    return out, lse
+
+
+def _merge(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+    batch, n, heads, head_dim = out.shape
+    rows = batch * n * heads
+    # 16 rows of 4 warps: 32 … 64 bytes a lane. Not yet measured; the pass is short and bound by bandwidth.
+    attn_merge_kernel[triton.cdiv(rows, 16),](
+        part, part_lse, out, lse, rows, n, heads, part.shape[0], D=head_dim, BD=padded(head_dim), BR=16, num_warps=4
+    )

@@ -1,0 +1,125 @@
+"""What the kernels share: slot arithmetic on the device, launch arithmetic on the host.
+
+Names follow one habit: `p_` is a pointer or a tensor of them, `o_` an offset, `b_` a block of values, `i_` an index.
+Capitals are compile-time sizes: G query heads per KV head, D the head size, BD the power of two above it, PS the
+page size, BM × BN a tile of queries × keys.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from amskv_kernels.planning.layout import ROWS_BITS, ROWS_MASK
+
+SLOT_BITS = tl.constexpr(ROWS_BITS)
+SLOT_MASK = tl.constexpr(ROWS_MASK)
+# The kernels read the whole slot table of a head in blocks of this many entries: 128 are a page size of 16 … 128
+# times 2k … 16k tokens, so nearly always one block.
+SLOT_BLOCK = tl.constexpr(128)
+# The interpreter multiplies bfloat16 as if it were integers; widened to fp32 the products are the same, exactly.
+WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
+LN2 = tl.constexpr(math.log(2))
+
+
+@triton.jit
+def product(b_x, b_y, b_acc):
+    """b_acc + b_x · b_y in fp32; fp32 operands keep all their bits."""
+    if WIDEN:
+        b_x, b_y = b_x.to(tl.float32), b_y.to(tl.float32)
+    return tl.dot(b_x, b_y, b_acc, input_precision="ieee")
+
+
+@triton.jit
+def finished(b_acc, b_sum, b_max):
+    """Output and natural log-sum-exp of an online softmax in powers of two; 0 and −inf where there was no key."""
+    b_some = b_sum > 0.0
+    b_out = b_acc / tl.expand_dims(tl.where(b_some, b_sum, 1.0), len(b_sum.shape))
+    return b_out, tl.where(b_some, (b_max + tl.log2(b_sum)) * LN2, float("-inf"))
+
+
+@triton.jit
+def page_offset(page0, slot, PS: tl.constexpr, D: tl.constexpr):
+    """Elements from the start of the pool to the page that a slot names, in 64 bits."""
+    return (page0 + (slot >> SLOT_BITS)).to(tl.int64) * (2 * PS * D)
+
+
+@triton.jit
+def stored_rows(p_slots, S, i_s):
+    """Rows that the slots before `i_s` name, and that all of them name."""
+    before = 0
+    total = 0
+    for i_0 in range(0, S, SLOT_BLOCK):
+        o_s = i_0 + tl.arange(0, SLOT_BLOCK)
+        b_rows = tl.load(p_slots + o_s, mask=o_s < S, other=0) & SLOT_MASK  # [SLOT_BLOCK]
+        before += tl.sum(tl.where(o_s < i_s, b_rows, 0))
+        total += tl.sum(b_rows)
+    return before, total
+
+
+@triton.jit
+def store_page(
+    p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_slots, S, i_s,
+    D: tl.constexpr, BD: tl.constexpr, PS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Store one head's rows of k, v that belong into page `i_s` of its slots, and zeros after them.
+
+    Where the slots name n + r rows, the first page already holds r: those stay as they are. A page passes through
+    registers ROWS rows at a time.
+    """
+    before, total = stored_rows(p_slots, S, i_s)
+    slot = tl.load(p_slots + i_s)
+    rows = slot & SLOT_MASK
+    if rows > 0:
+        o_d = tl.arange(0, BD)
+        p_page = pages + page_offset(page0, slot, PS, D)
+        for i_0 in tl.static_range(0, PS, ROWS):
+            o_r = i_0 + tl.arange(0, ROWS)
+            o_n = before - (total - n) + o_r  # the row of k that goes to row o_r; below 0: kept
+            b_load = ((o_n >= 0) & (o_r < rows))[:, None] & (o_d < D)[None, :]
+            b_store = ((o_n >= 0) | (o_r >= rows))[:, None] & (o_d < D)[None, :]
+            o_n = o_n.to(tl.int64)[:, None]
+            b_k = tl.load(p_k + o_n * stride_kn + o_d[None, :], mask=b_load, other=0.0)  # [ROWS, BD]
+            b_v = tl.load(p_v + o_n * stride_vn + o_d[None, :], mask=b_load, other=0.0)
+            p_row = p_page + o_r[:, None] * D + o_d[None, :]
+            tl.store(p_row, b_k, mask=b_store)
+            tl.store(p_row + PS * D, b_v, mask=b_store)
+
+
+class Device(NamedTuple):
+    """What the choice of a tile and of a split depends on."""
+
+    arch: int
+    processors: int
+
+
+@cache
+def describe(device: torch.device) -> Device:
+    """Compute capability (as 90) and number of multiprocessors; the interpreter plays a small A100."""
+    if device.type == "cpu":
+        return Device(80, 4)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device's current stream: make x's device the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def table_strides(slots: Tensor) -> tuple[int, int]:
+    """Strides of a slot table's first two dimensions, 0 where it broadcasts."""
+    batch, heads, size = slots.shape
+    return (heads * size if batch > 1 else 0, size if heads > 1 else 0)
+
+
+def padded(head_dim: int) -> int:
+    """The power of two that holds a head."""
+    return triton.next_power_of_2(head_dim)

@@ -1,0 +1,200 @@
+"""Argument checks of the ops: every mistake is named, with what it was and what it must be, before any launch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from amskv_kernels.arguments import one_of, whole_number
+from amskv_kernels.planning.layout import HEAD_DIMS, PAGE_SIZES
+
+SCORE_MODES = ("softmax", "sum_logits")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_attn(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
+    read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
+) -> None:  # fmt: skip
+    """Raise TypeError (dtype) or ValueError (anything else) for arguments that `attn` cannot take."""
+    _check_rows("q", q, "(B, n, H, D)")
+    _check_current(k, v, pages, arena)
+    _check_queries("q", q, k, same_rows=True)
+    _check_slots("read_slots", read_slots, k)
+    _check_slots("write_slots", write_slots, k)
+    _check_scale(softmax_scale)
+
+
+def check_append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:
+    """Raise TypeError (dtype) or ValueError (anything else) for arguments that `append` cannot take."""
+    _check_current(k, v, pages, arena)
+    _check_slots("write_slots", write_slots, k)
+
+
+def check_pool(
+    batch: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+) -> None:  # fmt: skip
+    """Check what a pool is to be made of, before anything is allocated.
+
+    Raises:
+        TypeError: a dtype that pages cannot have, or a device that is neither a torch.device nor a string.
+        ValueError: a size out of range, or a device that torch does not know or does not see.
+    """
+    whole_number("batch", batch, 1)
+    whole_number("kv_heads", kv_heads, 1)
+    one_of("head_dim", head_dim, HEAD_DIMS)
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
+        raise TypeError(f"dtype is {dtype!r}; it must be one of {', '.join(str(d) for d in DTYPES)}")
+    if not isinstance(device, (torch.device, str)):
+        raise TypeError(f"device is {device!r}; it must be a torch.device or a string such as 'cuda:0'")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}; it must be one that torch knows, such as 'cpu' or 'cuda:0'") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {found}; it must be one of the {torch.cuda.device_count()} that torch sees")
+
+
+def refuse_gradients(*tensors: Tensor) -> None:
+    """Raise RuntimeError where autograd would record a call: the ops have no backward."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError("the amskv ops have no backward; call the model under torch.no_grad()")
+
+
+def check_prepare_qk(
+    qkv: Tensor, kv_heads: int, q_scale: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float
+) -> None:  # fmt: skip
+    """Raise TypeError (dtype) or ValueError (anything else) for arguments that `prepare_qk` cannot take."""
+    _check_rows("qkv", qkv, "(B, n, H + 2·Hkv, D)")
+    _, n, rows, head_dim = qkv.shape
+    heads = rows - 2 * kv_heads
+    if kv_heads < 1 or heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"kv_heads is {kv_heads}; the {rows} heads of qkv must be H + 2·kv_heads with H a multiple of kv_heads"
+        )
+    if (cos is None) != (sin is None):
+        raise ValueError("cos and sin must be given together, or neither")
+    tables = (("q_scale", q_scale, (heads,)), ("cos", cos, (n, head_dim // 2)), ("sin", sin, (n, head_dim // 2)))
+    for name, table, shape in tables:
+        if table is None:
+            continue
+        if table.dtype != torch.float32:
+            raise TypeError(f"{name} is {table.dtype}; it must be torch.float32")
+        if table.device != qkv.device:
+            raise ValueError(f"{name} is on {table.device}; it must be on {qkv.device}, as qkv")
+        if tuple(table.shape) != shape:
+            raise ValueError(f"{name} has shape {_shape(table)}; it must be {shape}")
+        if not table.is_contiguous():
+            raise ValueError(f"{name} has strides {tuple(table.stride())}; it must be contiguous")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps is {eps}; it must be finite and not below 0")
+
+
+def check_window_scores(
+    q_window: Tensor, k: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, softmax_scale: float, mode: str
+) -> None:  # fmt: skip
+    """Raise TypeError (dtype) or ValueError (anything else) for arguments that `window_scores` cannot take."""
+    _check_rows("q_window", q_window, "(B, W, H, D)")
+    _check_current(k, k, pages, arena)
+    _check_queries("q_window", q_window, k, same_rows=False)
+    if q_window.shape[1] < 1:
+        raise ValueError("q_window has no queries; it must have at least 1")
+    _check_slots("read_slots", read_slots, k)
+    _check_scale(softmax_scale)
+    if mode not in SCORE_MODES:
+        raise ValueError(f"mode is {mode!r}; it must be one of {SCORE_MODES}")
+
+
+def check_compact(
+    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor
+) -> None:  # fmt: skip
+    """Raise TypeError (dtype) or ValueError (anything else) for arguments that `compact` cannot take."""
+    _check_current(k, v, pages, arena)
+    _check_slots("src_slots", src_slots, k)
+    _check_slots("dst_slots", dst_slots, k)
+    if keep.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"keep is {keep.dtype}; it must be torch.int32 or torch.int64")
+    if keep.device != k.device:
+        raise ValueError(f"keep is on {keep.device}; it must be on {k.device}, as k")
+    if keep.dim() != 3 or keep.shape[0] != k.shape[0] or keep.shape[1] != k.shape[2]:
+        raise ValueError(
+            f"keep has shape {_shape(keep)}; it must be (B, Hkv, M) with B, Hkv = {k.shape[0]}, {k.shape[2]}"
+        )
+    if not keep.is_contiguous():
+        raise ValueError(f"keep has strides {tuple(keep.stride())}; it must be contiguous")
+
+
+def _check_queries(name: str, q: Tensor, k: Tensor, same_rows: bool) -> None:
+    if q.dtype != k.dtype:
+        raise TypeError(f"{name} is {q.dtype}; it must be {k.dtype}, as k")
+    if q.device != k.device:
+        raise ValueError(f"{name} is on {q.device}; it must be on {k.device}, as k")
+    dims = (0, 1, 3) if same_rows else (0, 3)
+    if any(q.shape[i] != k.shape[i] for i in dims):
+        which = "B, n and D" if same_rows else "B and D"
+        raise ValueError(f"{name} has shape {_shape(q)}; its {which} must be those of k, which has shape {_shape(k)}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{name} has {q.shape[2]} heads; they must be a multiple of the {k.shape[2]} KV heads of k")
+
+
+def _check_scale(softmax_scale: float) -> None:
+    fp32 = torch.finfo(torch.float32)
+    if not fp32.tiny <= softmax_scale <= fp32.max / 2:  # half: kernels multiply it by log2(e)
+        raise ValueError(f"softmax_scale is {softmax_scale}; it must be finite and above 0, in fp32 as well")
+
+
+def _check_current(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor) -> None:
+    _check_rows("k", k, "(B, n, Hkv, D)")
+    _check_rows("v", v, "(B, n, Hkv, D)")
+    if v.shape != k.shape:
+        raise ValueError(f"v has shape {_shape(v)}; it must have that of k, {_shape(k)}")
+    for name, tensor in (("v", v), ("pages", pages)):
+        if tensor.dtype != k.dtype:
+            raise TypeError(f"{name} is {tensor.dtype}; it must be {k.dtype}, as k")
+        if tensor.device != k.device:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on {k.device}, as k")
+    if pages.dim() != 4 or pages.shape[1] != 2 or pages.shape[3] != k.shape[3]:
+        raise ValueError(f"pages has shape {_shape(pages)}; it must be (num_pages, 2, page_size, D = {k.shape[3]})")
+    if pages.shape[2] not in PAGE_SIZES:
+        raise ValueError(f"pages has a page_size of {pages.shape[2]}; it must be one of {PAGE_SIZES}")
+    if not pages.is_contiguous():
+        raise ValueError(f"pages has strides {tuple(pages.stride())}; it must be contiguous")
+    _check_table("arena", arena, k)
+    if arena.dim() != 2 or arena.shape[0] != k.shape[0] or arena.shape[1] != k.shape[2]:
+        raise ValueError(f"arena has shape {_shape(arena)}; it must be (B, Hkv) = ({k.shape[0]}, {k.shape[2]})")
+
+
+def _check_rows(name: str, x: Tensor, layout: str) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"{name} has {x.dim()} dimensions; it must have 4, {layout}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} is {x.dtype}; it must be one of {', '.join(str(d) for d in DTYPES)}")
+    if x.shape[3] not in HEAD_DIMS:
+        raise ValueError(f"{name} has head_dim {x.shape[3]}; it must be one of {HEAD_DIMS}")
+    if x.shape[2] < 1:
+        raise ValueError(f"{name} has no heads; it must have at least 1")
+    if x.stride(3) != 1:
+        raise ValueError(f"{name} has stride {x.stride(3)} in its last dimension; it must be 1")
+
+
+def _check_slots(name: str, slots: Tensor, k: Tensor) -> None:
+    _check_table(name, slots, k)
+    if slots.dim() != 3 or slots.shape[0] not in (1, k.shape[0]) or slots.shape[1] not in (1, k.shape[2]):
+        raise ValueError(
+            f"{name} has shape {_shape(slots)}; it must be (B|1, Hkv|1, S) with B = {k.shape[0]}, Hkv = {k.shape[2]}"
+        )
+
+
+def _check_table(name: str, table: Tensor, k: Tensor) -> None:
+    if table.dtype != torch.int32:
+        raise TypeError(f"{name} is {table.dtype}; it must be torch.int32")
+    if table.device != k.device:
+        raise ValueError(f"{name} is on {table.device}; it must be on {k.device}, as k")
+    if not table.is_contiguous():
+        raise ValueError(f"{name} has strides {tuple(table.stride())}; it must be contiguous")
+
+
+def _shape(x: Tensor) -> str:
+    return "(" + ", ".join(str(s) for s in x.shape) + ")"

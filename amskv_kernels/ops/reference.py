@@ -1,0 +1,124 @@
+"""The slow truth: the ops as their definitions read, one sequence and head at a time, in fp64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from amskv_kernels.planning.layout import ROWS_BITS, ROWS_MASK
+
+
+def attn(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
+    read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """softmax(softmax_scale · q [history, k]ᵀ) [history, v], then the store.
+
+    Returns:
+        out (B, n, H, D) and lse (B, H, n), natural log, both fp64.
+    """
+    (batch, n, heads, head_dim), group = q.shape, q.shape[2] // k.shape[2]
+    out = torch.zeros(batch, n, heads, head_dim, dtype=torch.float64)
+    lse = torch.full((batch, heads, n), -torch.inf, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            named = _named(arena, read_slots, b, h // group)
+            keys, values = (
+                torch.cat([*(pages[page, i, :rows] for page, rows in named), x[b, :, h // group]]).double()
+                for i, x in enumerate((k, v))
+            )
+            scores = softmax_scale * q[b, :, h].double() @ keys.T
+            lse[b, h] = scores.logsumexp(-1)
+            out[b, :, h] = (scores - lse[b, h, :, None]).exp() @ values
+    append(k, v, pages, arena, write_slots)
+    return out, lse
+
+
+def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:
+    """Rows of k, v in order, page by page, after the rows the first page holds; the rest of a page becomes 0."""
+    for b in range(k.shape[0]):
+        for h in range(k.shape[2]):
+            named = _named(arena, write_slots, b, h)
+            done = k.shape[1] - sum(rows for _, rows in named)  # below 0: minus the rows already there
+            for page, rows in named:
+                for i, x in enumerate((k, v)):
+                    first = max(0, -done)
+                    pages[page, i, first:rows] = x[b, done + first : done + rows, h]
+                    pages[page, i, rows:] = 0
+                done += rows
+
+
+def prepare_qk(
+    qkv: Tensor, kv_heads: int, q_scale: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
+    l2norm: bool = False, eps: float = 1e-12,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x / max(‖x‖, eps), q times its head's scale, then every pair (2i, 2i + 1) turned by its angle; fp64."""
+    heads = qkv.shape[2] - 2 * kv_heads
+    q, k = qkv[:, :, :heads].double(), qkv[:, :, heads : heads + kv_heads].double()
+    if l2norm:
+        q, k = (x / x.norm(dim=-1, keepdim=True).clamp_min(eps) for x in (q, k))
+    if q_scale is not None:
+        q = q * q_scale.double()[:, None]
+    if cos is not None and sin is not None:
+        turn = torch.complex(cos.double(), sin.double())[:, None]  # [n, 1, D/2]
+        q, k = (torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2) for x in (q, k))
+    return q, k
+
+
+def window_scores(
+    q_window: Tensor, k: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, softmax_scale: float, mode: str
+) -> Tensor:  # fmt: skip
+    """Per KV head and key: logits, or their softmax over the keys, summed over the window and the group's heads.
+
+    Returns:
+        (B, Hkv, S · page_size + n) fp64 in the order [rows of each entry, rows of k]; −inf for a row not named.
+    """
+    (batch, n, kv_heads, _), page_size = k.shape, pages.shape[2]
+    group = q_window.shape[2] // kv_heads
+    scores = torch.full((batch, kv_heads, read_slots.shape[2] * page_size + n), -torch.inf, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(kv_heads):
+            keys, index = _keys(k, pages, arena, read_slots, b, h)
+            for g in range(h * group, (h + 1) * group):
+                logits = softmax_scale * q_window[b, :, g].double() @ keys.T
+                each = logits.softmax(-1) if mode == "softmax" else logits
+                scores[b, h, index] = scores[b, h, index].nan_to_num(neginf=0) + each.sum(0)
+    return scores
+
+
+def compact(
+    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor
+) -> None:  # fmt: skip
+    """The rows that `keep` counts, in the key order of `window_scores`, stored as by `append`."""
+    page_size = pages.shape[2]
+    kept_k, kept_v = (x.new_empty(x.shape[0], keep.shape[2], *x.shape[2:]) for x in (k, v))
+    for b in range(k.shape[0]):
+        for h in range(k.shape[2]):
+            slots = src_slots[b % src_slots.shape[0], h % src_slots.shape[1]].tolist()
+            for to, i in enumerate(keep[b, h].tolist()):
+                entry, row = divmod(i, page_size)
+                if entry < len(slots):
+                    page = int(arena[b, h]) + (slots[entry] >> ROWS_BITS)
+                    kept_k[b, to, h], kept_v[b, to, h] = pages[page, 0, row], pages[page, 1, row]
+                else:
+                    current = i - len(slots) * page_size
+                    kept_k[b, to, h], kept_v[b, to, h] = k[b, current, h], v[b, current, h]
+    append(kept_k, kept_v, pages, arena, dst_slots)
+
+
+def _keys(k: Tensor, pages: Tensor, arena: Tensor, slots: Tensor, b: int, h: int) -> tuple[Tensor, Tensor]:
+    """A head's keys (N, D) in fp64, and where each stands in the order with a full page per entry."""
+    page_size, keys, index = pages.shape[2], [], []
+    for i, slot in enumerate(slots[b % slots.shape[0], h % slots.shape[1]].tolist()):
+        rows = slot & ROWS_MASK
+        keys.append(pages[int(arena[b, h]) + (slot >> ROWS_BITS), 0, :rows] if rows else pages[:0, 0, 0])
+        index.append(i * page_size + torch.arange(rows))
+    keys.append(k[b, :, h])
+    index.append(slots.shape[2] * page_size + torch.arange(k.shape[1]))
+    return torch.cat(keys).double(), torch.cat(index)
+
+
+def _named(arena: Tensor, slots: Tensor, b: int, h: int) -> list[tuple[int, int]]:
+    """The (page, rows) that the slots of one sequence and head name."""
+    own = slots[b % slots.shape[0], h % slots.shape[1]].tolist()
+    return [(int(arena[b, h]) + (s >> ROWS_BITS), s & ROWS_MASK) for s in own if s & ROWS_MASK]

@@ -1,0 +1,91 @@
+"""Pages of an arena: handing them out, runs of rows in them, and their slot entries."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from amskv_kernels.planning.layout import PAGE_SIZES, ROWS_BITS, ROWS_MASK
+
+# Larger pages mean fewer, longer copies, but more rounding: take the largest page whose pool is at most
+# half a percent above the smallest pool any page size gives.
+PAGE_SLACK = 0.005
+
+Slots = npt.NDArray[np.int32]
+NO_SLOTS: Slots = np.empty(0, dtype=np.int32)
+
+
+class Extent(NamedTuple):
+    """Rows [first_row, first_row + rows) of the page at `page_offset` in an arena."""
+
+    page_offset: int
+    first_row: int
+    rows: int
+
+
+def page_slots(pages: Slots, rows: int, page_size: int) -> Slots:
+    """Slot entries of `rows` rows stored back to back in `pages`: all full but the last."""
+    table = (pages << ROWS_BITS) + np.int32(page_size)
+    if table.size:
+        table[-1] -= len(pages) * page_size - rows
+    return table
+
+
+@dataclass
+class Run:
+    """Entries of one layer that die together, stored back to back."""
+
+    pages: Slots
+    rows: int = 0
+
+    def slots(self, page_size: int, first_page: int = 0) -> Slots:
+        """The run's filled pages from `first_page` on, as slot entries."""
+        return page_slots(self.pages[first_page:], self.rows - first_page * page_size, page_size)
+
+
+class Pages:
+    """Free pages of an arena, lowest first, so that a scale's pages tend to lie side by side."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.free: list[int] = []
+
+    def take(self, number: int) -> Slots:
+        """`number` pages, new ones where none is free."""
+        taken = [heapq.heappop(self.free) for _ in range(min(number, len(self.free)))]
+        fresh = range(self.count, self.count + number - len(taken))
+        self.count += len(fresh)
+        return np.array([*taken, *fresh], dtype=np.int32)
+
+    def give_back(self, pages: Slots) -> None:
+        """Free `pages` for others."""
+        for page in pages.tolist():
+            heapq.heappush(self.free, page)
+
+    @property
+    def live(self) -> int:
+        """Pages taken and not given back."""
+        return self.count - len(self.free)
+
+
+def store(run: Run, count: int, page_size: int, pages: Pages) -> tuple[Slots, tuple[Extent, ...]]:
+    """Add `count` rows to the run: its write slots, and where the rows lie."""
+    first_page, first_row = divmod(run.rows, page_size)
+    run.rows += count
+    run.pages = np.concatenate([run.pages, pages.take(-(-run.rows // page_size) - len(run.pages))])
+    slots = run.slots(page_size, first_page)
+    extents = []
+    for slot in slots.tolist():
+        end = slot & ROWS_MASK
+        extents.append(Extent(slot >> ROWS_BITS, first_row, end - first_row))
+        first_row = 0
+    return slots, tuple(extents)
+
+
+def largest_page_size(rows: dict[int, int]) -> int:
+    """The page size to take, given the pool's rows for each."""
+    return max(size for size in PAGE_SIZES if rows[size] <= (1 + PAGE_SLACK) * min(rows.values()))

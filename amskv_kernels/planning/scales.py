@@ -1,0 +1,115 @@
+"""The scan over time that gives whole scales their pages: a linear scan of register allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from amskv_kernels.planning.layout import PAGE_SIZES, ROWS_MASK
+from amskv_kernels.planning.lifetimes import lifetimes, planned_heads, reads_everything
+from amskv_kernels.planning.pages import NO_SLOTS, Extent, Pages, Run, Slots, largest_page_size, store
+from amskv_kernels.planning.plan import CachePlan
+from amskv_kernels.policies.base import Policy
+from amskv_kernels.schedule import ScaleSchedule
+
+
+def plan_scales(
+    schedule: ScaleSchedule, policy: Policy, num_layers: int, page_size: int | None = None, kv_heads: int | None = None
+) -> CachePlan:  # fmt: skip
+    """The plan of a policy that keeps whole scales, see `CachePlan.build`."""
+    heads = planned_heads(policy, schedule, num_layers, kv_heads)
+    last_read = lifetimes(schedule, policy, num_layers, heads)
+    chosen = _choose_page_size(schedule, last_read, heads) if page_size is None else page_size
+    return _scan(schedule, last_read, chosen, heads)
+
+
+def _choose_page_size(schedule: ScaleSchedule, last_read: npt.NDArray[np.int64], heads: int) -> int:
+    return largest_page_size(
+        {size: max(_live_pages(schedule, last_read, size, heads), default=0) * size for size in PAGE_SIZES}
+    )
+
+
+def _live_pages(
+    schedule: ScaleSchedule, last_read: npt.NDArray[np.int64], page_size: int, heads: int
+) -> Iterator[int]:  # fmt: skip
+    """Pages live during each call, by counting alone."""
+    tokens = schedule.tokens
+    runs: list[dict[int, int]] = [{} for _ in last_read]
+    deaths = last_read.tolist()
+    live = freed = 0
+    for step, count in enumerate(tokens):
+        for row, rows in enumerate(runs):
+            dies = deaths[row][step]
+            if dies >= 0:
+                before = rows.get(dies, 0)
+                rows[dies] = before + count
+                live += -(-(before + count) // page_size) - -(-before // page_size)
+            freed += -(-rows.pop(step, 0) // page_size)
+            if (row + 1) % heads == 0:
+                yield live
+                live, freed = live - freed, 0
+
+
+def _scan(schedule: ScaleSchedule, last_read: npt.NDArray[np.int64], page_size: int, heads: int) -> CachePlan:
+    """Hand out pages call by call. A call is all heads of a layer: what one of them frees, only the next call takes."""
+    steps, num_layers = len(schedule), len(last_read) // heads
+    pages = Pages()
+    runs: list[dict[int, Run]] = [{} for _ in last_read]
+    read: list[tuple[Slots, ...]] = []
+    write: list[tuple[Slots, ...]] = []
+    extents: dict[tuple[int, int], tuple[Extent, ...]] = {}
+    live, live_pages = np.zeros((2, steps, num_layers), dtype=np.int64)
+    retained = np.zeros(steps, dtype=np.int64)
+    tokens_live = 0
+    deaths = last_read.tolist()
+    for step, count in enumerate(schedule.tokens):
+        reads, writes, dead = [], [], []
+        for row, held in enumerate(runs):
+            reads.append(_full_first([run.slots(page_size) for run in held.values()], page_size) if held else NO_SLOTS)
+            dies = deaths[row][step]
+            if dies < 0:
+                writes.append(NO_SLOTS)
+            else:
+                run = held.setdefault(dies, Run(NO_SLOTS))
+                slots, extents[row, step] = store(run, count, page_size, pages)
+                writes.append(slots)
+                tokens_live += count
+            if step in held:
+                dead.append(held.pop(step))
+            if (row + 1) % heads == 0:
+                layer = row // heads
+                live[step, layer], live_pages[step, layer] = tokens_live, pages.live
+                tokens_live -= sum(run.rows for run in dead)
+                for run in dead:
+                    pages.give_back(run.pages)
+                dead.clear()
+        read.append(_by_layer(reads, heads))
+        write.append(_by_layer(writes, heads))
+        retained[step] = tokens_live
+    return CachePlan(
+        schedule, num_layers, page_size, pages.count, retained, live, live_pages,
+        tuple(read), tuple(write), extents, last_read, heads, lossless=reads_everything(last_read),
+    )  # fmt: skip
+
+
+def _full_first(tables: list[Slots], page_size: int) -> Slots:
+    """One table, full pages before partial ones: kernels need no mask up to the first that is not full."""
+    table = np.concatenate(tables)
+    full = (table & ROWS_MASK) == page_size
+    return np.concatenate([table[full], table[~full]])
+
+
+def _by_layer(tables: list[Slots], heads: int) -> tuple[Slots, ...]:
+    """One table per layer: those of its heads as rows, the shorter ones padded with empty slots."""
+    if heads == 1:
+        return tuple(tables)
+    found = []
+    for first in range(0, len(tables), heads):
+        own = tables[first : first + heads]
+        table = np.zeros((heads, max(len(each) for each in own)), dtype=np.int32)
+        for row, each in zip(table, own, strict=True):
+            row[: len(each)] = each
+        found.append(table)
+    return tuple(found)

@@ -1,0 +1,231 @@
+"""Write the tables of README.md and docs/ from committed results: `python -m benchmarks.report.readme`.
+
+A block between `<!-- table: NAME -->` and `<!-- end -->` is replaced by what `BLOCKS[NAME]` makes; with --check
+nothing is written and the exit code tells whether something would be.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from amskv_kernels.planning.memory import counted
+from benchmarks.harness.results import committed, newest, rows
+from benchmarks.report import plots, tables, targets
+
+Result = dict[str, Any]
+ROOT = Path(__file__).parents[2]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+DEMO = ROOT / "examples" / "digits" / "results" / "demo.json"
+EVALUATION = ROOT / "examples" / "digits" / "results" / "evaluation.json"
+NATIVE_REPORT = ROOT / "tools" / "reports" / "native-report.json"
+SHOOTOUT = ROOT / "examples" / "digits" / "results" / "shootout.json"
+HEADLINE = (("var-d30", "full"), ("var-d30", "ams-kv:75"), ("var-d30", "ams-kv:84.83"), ("var-d36", "ams-kv:75"),
+            ("infinity-2b", "ams-kv:75"), ("infinity-8b", "ams-kv:75"))  # fmt: skip
+
+STEPS = (("var-d30", "full"), ("var-d30", "ams-kv:75"), ("infinity-2b", "full"))
+NONE_YET = "*Not measured yet: no such result is committed.*"
+PEERS_NOTE = "Columns to the right: a peer's time over ours, so more than 1 is slower than ours."
+
+
+def _digits() -> str:
+    from examples.digits import demo
+
+    if not DEMO.exists():
+        return NONE_YET
+    result = json.loads(DEMO.read_text(encoding="utf-8"))
+    machine = result["machine"]
+    return (
+        f"{demo.render(result['rows'], 'github')}\n\n{result['images']} digits in batches of {result['batch']} with "
+        f"guidance, {machine['dtype']}; measured on {machine['cpu']}, torch {machine['torch']} "
+        f"([demo.json](examples/digits/results/demo.json))."
+    )
+
+
+def _newest(suite: str, device: str | None, make: Callable[[Result], str]) -> str:
+    """What `make` says of the newest committed result that has the suite."""
+    result = newest(committed(), suite, device)
+    return NONE_YET if result is None else make(result)
+
+
+def _planned(cases: tuple[tuple[str, str], ...] | None) -> str:
+    def make(result: Result) -> str:
+        found = [row for row in rows(result, "plan") if cases is None or (row["model"], row["policy"]) in cases]
+        return (
+            f"{tables.plans(found, 'github')}\n\nOne image with guidance, bf16 pages. Memory is exact arithmetic; "
+            f"planned on {result['machine']['cpu']}, one core (`benchmarks/results/{result['file']}`)."
+        )
+
+    return _newest("plan", None, make)
+
+
+def _settings() -> str:
+    def make(result: Result) -> str:
+        lines = [
+            f"| {row['model']} | `{row['policy']}` | {row['saved_of_all']:.2%} | `{row['settings']}` |"
+            for row in rows(result, "plan")
+            if row["policy"] != "full"
+        ]
+        return "\n".join(["| model | policy | tokens saved | settings |", "|---|---|---|---|", *lines])
+
+    return _newest("plan", None, make)
+
+
+def _captioned(make: Callable[[Result, str], str], before: str = "") -> Callable[[Result], str]:
+    """A table with its machine under it."""
+    return lambda result: f"{make(result, 'github')}\n\n{before}{tables.caption(result)}"
+
+
+def _steps(suite: str) -> Callable[[Result], str]:
+    def make(result: Result) -> str:
+        parts = []
+        for case in tables.cases(rows(result, suite)):
+            if case[:2] not in STEPS or case[2] != (1 if suite == "cpu" else 64):
+                continue
+            own = [row for row in rows(result, suite) if tables.case_of(row) == case]
+            title = f"**{case[0]}, `{case[1]}`, {counted(case[2], 'image')} with guidance, {case[3]}**"
+            parts.append(f"{title}\n\n{tables.steps(own, 'github')}")
+        return "\n\n".join([*parts, f"{PEERS_NOTE} {tables.caption(result)}"])
+
+    return make
+
+
+def _roofs(result: Result) -> str:
+    found = rows(result, "roof")
+    wanted = [row for row in found if row["images"] == 64]
+    first = next((row for row in found if (row["model"], row["policy"]) == STEPS[0]), found[0])
+    title = f"{first['model']}, `{first['policy']}`, {counted(first['images'], 'image')} with guidance, bf16"
+    return (
+        f"**Prediction, nothing measured**: the least times that bytes and operations allow on one "
+        f"{first['gpu'].upper()}, {first['ceilings']}.\n\n{tables.roofs(wanted, 'github')}\n\n"
+        f"{title}, one layer's call of each step:\n\n"
+        f"{tables.roof_steps(first, 'github')}\n\n`benchmarks/results/{result['file']}`"
+    )
+
+
+def _last_calls(result: Result) -> str:
+    wanted = (*STEPS, ("var-d36", "full"), ("var-d36", "ams-kv:75"), ("infinity-2b", "ams-kv:75"))
+    found = [r for r in rows(result, "roof") if r["images"] == 64 and (r["model"], r["policy"]) in wanted]
+    return (
+        f"**Prediction, nothing measured**: one layer's call of the last step, 64 images with guidance, bf16, on one "
+        f"{found[0]['gpu'].upper()}, {found[0]['ceilings']}.\n\n{tables.last_calls(found, 'github')}\n\n"
+        f"`benchmarks/results/{result['file']}`"
+    )
+
+
+def _hopper_kernels() -> str:
+    report = json.loads(NATIVE_REPORT.read_text(encoding="utf-8"))
+    special = [row for row in report["rows"] if "waits per tile" in row]
+    return (
+        f"{tables.facts(special, 'kernel', 'github')}\n\nCounted in the compiled library, CUDA {report['cuda']} "
+        f"(`tools/reports/{NATIVE_REPORT.name}`)."
+    )
+
+
+def _pictures() -> str:
+    lines = [f"![{Path(name).stem.replace('-', ' ')}](images/{name})" for name in plots.wanted(committed())]
+    return "\n\n".join(lines) if lines else NONE_YET
+
+
+def _evaluation() -> str:
+    if not EVALUATION.exists():
+        return NONE_YET
+    result = json.loads(EVALUATION.read_text(encoding="utf-8"))
+    lines = [f"| {name} | {share:.1%} |" for name, share in result["recognised"].items()]
+    judge = "; ".join(f"{share:.1%} {name}" for name, share in result["judge"].items())
+    return "\n".join(
+        ["| policy | digits recognised |", "|---|---|", *lines, "",
+         f"{result['images']} digits each. The classifier itself recognises {judge}. Measured on {result['device']}, "
+         f"torch {result['torch']}."]
+    )  # fmt: skip
+
+
+def _cpu(machine: dict[str, str]) -> str:
+    """The processor as the examples name it; older results say "1 threads"."""
+    return re.sub(r"\b1 threads$", "1 thread", machine["cpu"])
+
+
+def _shootout() -> str:
+    from examples.digits import shootout
+
+    if not SHOOTOUT.exists():
+        return NONE_YET
+    result = json.loads(SHOOTOUT.read_text(encoding="utf-8"))
+    machine = result["machine"]
+    return (
+        f"{shootout.render(result['rows'], 'github')}\n\n{result['images']} digits per row with guidance, fp32; "
+        f"{machine.get('gpu', _cpu(machine))}, torch {machine['torch']} "
+        f"(`examples/digits/results/{SHOOTOUT.name}`).\n\n"
+        f"PSNR ahead of a rival, in dB ± standard error, by the share of bytes allowed:\n\n"
+        f"{shootout.margins(result['rows'], 'github')}\n\n"
+        f"What a scale of the digits model is worth to later ones:\n\n{shootout.worth(result['scales'], 'github')}"
+    )
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "shootout": _shootout,
+    "digits": _digits,
+    "digits-evaluation": _evaluation,
+    "plans": lambda: _planned(HEADLINE),
+    "all-plans": lambda: _planned(None),
+    "settings": _settings,
+    "targets": lambda: targets.render(committed(), "github"),
+    "cpu-sums": lambda: _newest("cpu", "cpu", _captioned(lambda r, s: tables.sums(r, "cpu", s), PEERS_NOTE + " ")),
+    "cpu-steps": lambda: _newest("cpu", "cpu", _steps("cpu")),
+    "cpu-module": lambda: _newest("module", "cpu", _captioned(tables.modules)),
+    "cpu-digits": lambda: _newest("image", "cpu", _captioned(tables.digits)),
+    "gpu-sums": lambda: _newest(
+        "kernel", "cuda", _captioned(lambda r, s: tables.sums(r, "kernel", s), PEERS_NOTE + " ")
+    ),
+    "gpu-steps": lambda: _newest("kernel", "cuda", _steps("kernel")),
+    "gpu-module": lambda: _newest("module", "cuda", _captioned(tables.modules)),
+    "gpu-images": lambda: _newest("image", "cuda", _captioned(tables.images)),
+    "gpu-capacity": lambda: _newest("capacity", "cuda", _captioned(tables.capacity)),
+    "last-calls": lambda: _newest("roof", None, _last_calls),
+    "hopper-kernels": _hopper_kernels,
+    "roofs": lambda: _newest("roof", None, _roofs),
+    "pictures": _pictures,
+    "not-measured": lambda: "\n\n".join(f"`{r['file']}`\n\n{tables.missing(r)}" for r in committed() if r["missing"]),
+}
+
+
+def fill(page: str) -> str:
+    """The page with every block made anew.
+
+    Raises:
+        ValueError: a block of unknown name, or without its end.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        if match["name"] not in BLOCKS:
+            raise ValueError(f"table {match['name']!r} is not known; known: {', '.join(BLOCKS)}")
+        return f"<!-- table: {match['name']} -->\n{BLOCKS[match['name']]()}\n<!-- end -->"
+
+    starts = page.count("<!-- table: ")
+    filled, count = re.subn(r"<!-- table: (?P<name>[\w-]+) -->\n.*?<!-- end -->", block, page, flags=re.DOTALL)
+    if count != starts:
+        raise ValueError("a table block has no <!-- end -->")
+    return filled
+
+
+def main(argv: list[str]) -> int:
+    """Rewrite, or with --check compare."""
+    stale = []
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        filled = fill(page)
+        if filled != page:
+            stale.append(path.name)
+            if "--check" not in argv:
+                path.write_text(filled, encoding="utf-8")
+    if stale:
+        print(f"{'stale' if '--check' in argv else 'rewritten'}: {', '.join(stale)}")
+    return 1 if stale and "--check" in argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

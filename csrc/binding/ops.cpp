@@ -1,0 +1,214 @@
+// The ops behind the dispatcher, through libtorch's stable ABI alone: no Python, no CUDA headers.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <memory>
+#include <optional>
+#include <tuple>
+
+#include "amskv/amskv.h"
+#include "build_info.h"
+#include "binding/checks.h"
+#include "binding/device_scope.h"
+#include "common/tiles.h"
+
+namespace amskv {
+namespace {
+
+constexpr int64_t kChunk = 8;  // elements of 16 bytes: what the kernels load at a time
+constexpr int32_t kMaxDevices = 64;
+
+[[noreturn]] void fail(const char* what, Error error) {
+    const int32_t driver = driver_cuda();
+    std::ostringstream message;
+    message << "amskv: " << what << ": " << error_string(error) << " (built for CUDA " << kCudaVersion
+            << ", architectures " << kArchitectures << "; the driver supports CUDA " << driver / 1000 << '.'
+            << driver % 1000 / 10 << ')';
+    throw std::runtime_error(message.str());
+}
+
+Device device_facts(int32_t index) {
+    thread_local std::array<std::optional<Device>, kMaxDevices> known;
+    std::optional<Device>& device = known.at(index);
+    if (!device) {
+        Device facts{};
+        if (const Error error = device_of_current(&facts); error != kOk) fail("cannot ask the device", error);
+        if (facts.capability < kLeastCapability) {
+            refuse(
+                "amskv was built for architectures ", kArchitectures, "; this GPU has compute capability ",
+                facts.capability / 10, '.', facts.capability % 10, ", which is older");
+        }
+        device = facts;
+    }
+    return *device;
+}
+
+// A stride that no index multiplies may be anything.
+int64_t stride_of(const Tensor& x, int64_t axis) { return x.size(axis) > 1 ? x.stride(axis) : 0; }
+
+// `x` itself where the kernels can load it 16 bytes at a time, else a copy.
+Tensor aligned(const Tensor& x) {
+    bool fits = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
+    for (int64_t axis = 0; axis < 3; ++axis) fits = fits && stride_of(x, axis) % kChunk == 0;
+    return fits ? x : torch::stable::clone(x);
+}
+
+Rows rows_of(const Tensor& x) { return {x.data_ptr(), stride_of(x, 0), stride_of(x, 1), stride_of(x, 2)}; }
+
+SlotTable table_of(const Tensor& slots) {
+    return {
+        static_cast<const int32_t*>(slots.data_ptr()), stride_of(slots, 0), stride_of(slots, 1),
+        static_cast<int32_t>(slots.size(2))};
+}
+
+Pool pool_of(const Tensor& pages, const Tensor& arena) {
+    return {
+        pages.data_ptr(), static_cast<const int32_t*>(arena.data_ptr()), static_cast<int32_t>(pages.size(2)),
+        static_cast<int32_t>(pages.size(0))};
+}
+
+std::tuple<Tensor, Tensor> attn_with(
+    Kernels kernels, Tensor q, Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor read_slots, Tensor write_slots,
+    double softmax_scale) {
+    check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale);
+    const DeviceScope scope(k);
+    q = aligned(q), k = aligned(k), v = aligned(v);
+    const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), head_dim = q.size(3);
+    const std::array<int64_t, 4> out_shape{batch, tokens, heads, head_dim};
+    const std::array<int64_t, 3> lse_shape{batch, heads, tokens};
+    Tensor out = torch::stable::new_empty(q, {out_shape.data(), out_shape.size()});
+    Tensor lse = torch::stable::new_empty(q, {lse_shape.data(), lse_shape.size()}, ScalarType::Float);
+    AttnParams p{};
+    p.q = rows_of(q), p.k = rows_of(k), p.v = rows_of(v);
+    p.pool = pool_of(pages, arena);
+    p.read = table_of(read_slots), p.write = table_of(write_slots);
+    p.out = out.data_ptr(), p.lse = static_cast<float*>(lse.data_ptr());
+    p.softmax_scale = static_cast<float>(softmax_scale);
+    p.batch = batch, p.tokens = tokens, p.heads = heads, p.kv_heads = k.size(2), p.head_dim = head_dim;
+    p.dtype = q.scalar_type() == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;
+    const AttnPlan plan = plan_attn(p, device_facts(scope.index()), kernels);
+    const std::array<int64_t, 1> scratch{static_cast<int64_t>(attn_workspace_bytes(p, plan) / sizeof(float))};
+    std::optional<Tensor> workspace;
+    if (scratch[0] > 0) workspace = torch::stable::new_empty(q, {scratch.data(), 1}, ScalarType::Float);
+    const Error error = amskv::attn(p, plan, workspace ? workspace->data_ptr() : nullptr, scope.stream());
+    if (error != kOk) fail("attn", error);
+    return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> attn_cuda(
+    Tensor q, Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor read_slots, Tensor write_slots,
+    double softmax_scale) {
+    return attn_with(Kernels::kPortable, q, k, v, pages, arena, read_slots, write_slots, softmax_scale);
+}
+
+std::tuple<Tensor, Tensor> attn_hopper(
+    Tensor q, Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor read_slots, Tensor write_slots,
+    double softmax_scale) {
+    return attn_with(Kernels::kHopper, q, k, v, pages, arena, read_slots, write_slots, softmax_scale);
+}
+
+void append_cuda(Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor write_slots) {
+    check_current(k, v, pages, arena);
+    check_slots("write_slots", write_slots, k);
+    const DeviceScope scope(k);
+    device_facts(scope.index());
+    k = aligned(k), v = aligned(v);
+    AppendParams p{};
+    p.k = rows_of(k), p.v = rows_of(v);
+    p.pool = pool_of(pages, arena);
+    p.write = table_of(write_slots);
+    p.batch = k.size(0), p.tokens = k.size(1), p.kv_heads = k.size(2), p.head_dim = k.size(3);
+    if (const Error error = amskv::append(p, scope.stream()); error != kOk) fail("append", error);
+}
+
+Kernels served = Kernels::kPortable;
+
+// What amskv::attn and amskv::append do on CUDA tensors while this library serves them: fp32 goes back to Python.
+std::tuple<Tensor, Tensor> attn_served(
+    Tensor q, Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor read_slots, Tensor write_slots,
+    double softmax_scale) {
+    if (q.scalar_type() != ScalarType::Float)
+        return attn_with(served, q, k, v, pages, arena, read_slots, write_slots, softmax_scale);
+    using torch::stable::detail::from;
+    std::array<StableIValue, 8> stack{from(q),     from(k),          from(v),           from(pages),
+                                      from(arena), from(read_slots), from(write_slots), from(softmax_scale)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("amskv::attn_python", "", stack.data(), TORCH_ABI_VERSION));
+    return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
+
+void append_served(Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor write_slots) {
+    if (k.scalar_type() != ScalarType::Float) return append_cuda(k, v, pages, arena, write_slots);
+    using torch::stable::detail::from;
+    std::array<StableIValue, 5> stack{from(k), from(v), from(pages), from(arena), from(write_slots)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("amskv::append_python", "", stack.data(), TORCH_ABI_VERSION));
+}
+
+// Takes amskv::attn and amskv::append on CUDA tensors, so that no Python stands between dispatcher and launch, or
+// gives them back to what was registered before.
+void serve_cuda(bool on, bool hopper) {
+    using torch::stable::detail::StableLibrary;
+    static std::unique_ptr<StableLibrary> registration;
+    served = hopper ? Kernels::kHopper : Kernels::kPortable;
+    if (on == (registration != nullptr)) return;
+    if (!on) return registration.reset();
+    registration = std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "amskv", "CUDA", __FILE__, __LINE__);
+    registration->impl("attn", TORCH_BOX(&attn_served)).impl("append", TORCH_BOX(&append_served));
+}
+
+// The most dynamic shared memory that a team of an attention kernel asks for; ptxas knows of static memory alone.
+template <int kHeadDim, int kRowsPerWarp>
+std::string tile_info() {
+    using Shape = Tile<void, kHeadDim, kRowsPerWarp>;
+    std::ostringstream text;
+    text << "{\"head_dim\": " << kHeadDim << ", \"rows_per_warp\": " << kRowsPerWarp << ", \"keys\": " << Shape::kKeys
+         << ", \"stages\": " << Shape::kStages << ", \"shared\": " << Shape::team_bytes(kMaxWarps, Shape::kStages)
+         << '}';
+    return text.str();
+}
+
+template <int kHeadDim>
+std::string hopper_tile_info() {
+    using Shape = HopperTile<void, kHeadDim>;
+    std::ostringstream text;
+    text << "{\"head_dim\": " << kHeadDim << ", \"keys\": " << Shape::kKeys << ", \"slots\": " << Shape::kSlots
+         << ", \"threads\": " << kHopperThreads << ", \"mover_registers\": " << kMoverRegisters
+         << ", \"consumer_registers\": " << kConsumerRegisters << ", \"shared\": " << Shape::kSharedBytes << '}';
+    return text.str();
+}
+
+std::string build_info() {
+    std::string info = kBuildInfo;  // a JSON object
+    info.pop_back();
+    info += ", \"tiles\": [" + tile_info<64, 16>() + ", " + tile_info<64, 32>() + ", " + tile_info<96, 16>() + ", " +
+            tile_info<128, 16>() + ", " + tile_info<128, 32>() + "], \"hopper_tiles\": [" + hopper_tile_info<64>() +
+            ", " + hopper_tile_info<128>() + "]}";
+    return info;
+}
+
+}  // namespace
+}  // namespace amskv
+
+// The same schemas as amskv::attn and amskv::append, under names of their own, so that a backend can be forced and
+// arguments are checked on any machine.
+STABLE_TORCH_LIBRARY_FRAGMENT(amskv, m) {
+    m.def(
+        "attn_cuda(Tensor q, Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor read_slots, Tensor "
+        "write_slots, "
+        "float softmax_scale) -> (Tensor, Tensor)");
+    m.def(
+        "attn_hopper(Tensor q, Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor read_slots, Tensor "
+        "write_slots, "
+        "float softmax_scale) -> (Tensor, Tensor)");
+    m.def("append_cuda(Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor write_slots) -> ()");
+    m.def("serve_cuda(bool on, bool hopper=False) -> ()");
+    m.def("build_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(amskv, CompositeExplicitAutograd, m) {
+    m.impl("attn_cuda", TORCH_BOX(&amskv::attn_cuda));
+    m.impl("attn_hopper", TORCH_BOX(&amskv::attn_hopper));
+    m.impl("append_cuda", TORCH_BOX(&amskv::append_cuda));
+    m.impl("serve_cuda", TORCH_BOX(&amskv::serve_cuda));
+    m.impl("build_info", TORCH_BOX(&amskv::build_info));
+}

@@ -1,0 +1,331 @@
+// Attention over paged history and the current scale for sm_90a: TMA, wgmma, a persistent grid.
+//
+// A block has three warpgroups and takes tiles of query rows, one after another. The first warpgroup moves: its warp 0
+// fetches tiles of K and V into a ring in shared memory, its warp 1 stores from that ring what later steps read. The
+// other two compute, 64 query rows each: while one takes exponentials, the other multiplies. Keys are numbered through
+// in boxes of `page_size` rows, one bulk copy each: the slots of the history, then the current scale.
+#pragma once
+
+#include <cmath>
+
+#include "hopper/movers.cuh"
+#include "hopper/ring.cuh"
+
+namespace amskv::hopper {
+
+// Named barriers; those of a consumer are followed by the other's.
+enum NamedBarrier { kBlockBarrier = 0, kGroupBarrier = 1, kTurnBarrier = 3, kBothBarrier = 5 };
+
+// A warpgroup that computes.
+struct Consumer {
+    int group, warp, lane;
+    bool shares_rows;  // with the other, each taking every second tile of keys
+
+    __device__ __forceinline__ int thread() const { return warp * kWarpLanes + lane; }
+    __device__ __forceinline__ void barrier() const { named_barrier(kGroupBarrier + group, kWarpgroupThreads); }
+    __device__ __forceinline__ void barrier_of_both() const {
+        named_barrier(kBothBarrier, kConsumers * kWarpgroupThreads);
+    }
+    // The consumers issue their products in turns, so that the other's run under this one's exponentials.
+    __device__ __forceinline__ void wait_turn() const {
+        named_barrier(kTurnBarrier + group, kConsumers * kWarpgroupThreads);
+    }
+    __device__ __forceinline__ void give_turn() const {
+        named_barrier_arrive(kTurnBarrier + 1 - group, kConsumers * kWarpgroupThreads);
+    }
+};
+
+// The registers of a consumer's thread. Of each 64 × 8 block it holds columns 2 (lane % 4) and the next of rows
+// 16 warp + lane / 4 (elements 0, 1) and 8 further (elements 2, 3).
+template <class Tile>
+struct Registers {
+    static constexpr int kSteps = Tile::kKeys / kMmaRows;
+
+    float scores[Tile::kKeys / 2];  // then their exponentials
+    uint32_t probabilities[kSteps][4];
+    float out[Tile::kHeadDim / 2];
+    float row_max[2];  // of the raw scores
+    float row_sum[2];  // this thread's columns only, until the end
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < Tile::kHeadDim / 2; ++i) out[i] = 0;
+        row_max[0] = row_max[1] = -INFINITY;
+        row_sum[0] = row_sum[1] = 0;
+    }
+
+    // scores = Q Kᵀ for the first kCount · 2 keys of the tile, under way
+    template <int kCount>
+    __device__ __forceinline__ void issue_scores(SharedAddress query, SharedAddress k) {
+        const uint64_t left = operand(query), right = operand(k);
+#pragma unroll
+        for (int step = 0; step < Tile::kHeadDim / kMmaRows; ++step) {
+            constexpr int kPerPanel = kSwizzleElements / kMmaRows;
+            const int panel = step / kPerPanel, column = step % kPerPanel * kMmaRows * kElementBytes;
+            wgmma_scores<typename Tile::Element>(
+                reinterpret_cast<float (&)[kCount]>(scores),
+                advance(left, panel * kWarpgroupRows * kSwizzleBytes + column),
+                advance(right, panel * Tile::kKeys * kSwizzleBytes + column), step > 0);
+        }
+        wgmma_commit();
+    }
+
+    // out += P V, under way. A half tile has rows 0 … 63 of V alone: they stand for the others too, whose probabilities
+    // are 0. A branch instead would make ptxas wait for these products at once.
+    __device__ __forceinline__ void issue_out(SharedAddress v, bool half) {
+        constexpr int kHalf = kSteps / 2 * kMmaRows * kSwizzleBytes;
+        const uint64_t lower = operand(v, Tile::kKeys * kSwizzleBytes), upper = half ? lower : advance(lower, kHalf);
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+            const uint64_t right = step < kSteps / 2 ? lower : upper;
+            wgmma_out<typename Tile::Element>(
+                out, probabilities[step], advance(right, step % (kSteps / 2) * kMmaRows * kSwizzleBytes));
+        }
+        wgmma_commit();
+    }
+
+    // Scores of keys that are not there become −∞; most tiles have all.
+    template <int kCount>
+    __device__ __forceinline__ void mask(const Chunk& named, int lane) {
+        const uint32_t second_half = kCount < Tile::kKeys / 2 ? ~0u : named.word[2] & named.word[3];
+        if ((named.word[0] & named.word[1] & second_half) == ~0u) return;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            const int key = i / 4 * kMmaColumns + i % 2;  // and 2 (lane % 4)
+            const bool there = named.word[key / kWarpLanes] >> 2 * (lane % 4) >> key % kWarpLanes & 1;
+            scores[i] = there ? scores[i] : -INFINITY;
+        }
+    }
+
+    // Takes the tile into the row maxima and its exponentials into the sums; returns in `shrink` the factor of what was
+    // summed under the old maxima. A row without any key yet keeps −∞, which nothing is measured from.
+    template <int kCount>
+    __device__ __forceinline__ void exponentiate(float (&shrink)[2], float scale_log2) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float top = row_max[half];
+#pragma unroll
+            for (int i = 0; i < kCount / 2; ++i) top = fmaxf(top, scores[i / 2 * 4 + 2 * half + i % 2]);
+            top = fmaxf(top, shuffle_xor(top, 1));
+            top = fmaxf(top, shuffle_xor(top, 2));
+            const float shift = top == -INFINITY ? 0 : top * scale_log2;
+            shrink[half] = exp2_fast(row_max[half] * scale_log2 - shift);
+            row_max[half] = top;
+            float sum = row_sum[half] * shrink[half];
+#pragma unroll
+            for (int i = 0; i < kCount / 2; ++i) {
+                float& score = scores[i / 2 * 4 + 2 * half + i % 2];
+                score = exp2_fast(score * scale_log2 - shift);
+                sum += score;
+            }
+            row_sum[half] = sum;
+        }
+    }
+
+    // The output on the scale of the new maxima. Few tiles of a long row raise one, so most warps have nothing to do.
+    __device__ __forceinline__ void rescale(const float (&shrink)[2]) {
+        if (ballot(shrink[0] != 1 || shrink[1] != 1) == 0) return;
+#pragma unroll
+        for (int i = 0; i < Tile::kHeadDim / 2; ++i) out[i] *= shrink[i / 2 % 2];
+    }
+
+    template <int kCount>
+    __device__ __forceinline__ void round_probabilities() {
+#pragma unroll
+        for (int i = 0; i < kCount / 2; ++i) {
+            probabilities[i / 4][i % 4] = pack<typename Tile::Element>(scores[2 * i], scores[2 * i + 1]);
+        }
+#pragma unroll
+        for (int i = kCount / 2; i < kSteps * 4; ++i) probabilities[i / 4][i % 4] = 0;
+    }
+
+    // Leaves this consumer's part of the rows for the same thread of the other.
+    __device__ __forceinline__ void hand_over(SharedAddress sums, SharedAddress stats, int thread) const {
+#pragma unroll
+        for (int i = 0; i < Tile::kHeadDim / 2; ++i)
+            store_shared_4(sums + (i * kWarpgroupThreads + thread) * 4, bits_of(out[i]));
+        store_shared_16(stats + thread * 16,
+                        {bits_of(row_max[0]), bits_of(row_max[1]), bits_of(row_sum[0]), bits_of(row_sum[1])});
+    }
+
+    // Adds what the other consumer left.
+    __device__ __forceinline__ void take_over(SharedAddress sums, SharedAddress stats, int thread, float scale_log2) {
+        const Chunk other = load_shared_16(stats + thread * 16);
+        float mine[2], theirs[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float other_max = float_of(other.word[half]), top = fmaxf(row_max[half], other_max);
+            const float shift = top * scale_log2;  // finite: one of the two has a key, since n ≥ 1
+            mine[half] = exp2_fast(row_max[half] * scale_log2 - shift);
+            theirs[half] = exp2_fast(other_max * scale_log2 - shift);
+            row_sum[half] = row_sum[half] * mine[half] + float_of(other.word[2 + half]) * theirs[half];
+            row_max[half] = top;
+        }
+#pragma unroll
+        for (int i = 0; i < Tile::kHeadDim / 2; ++i) {
+            const float part = float_of(load_shared_4(sums + (i * kWarpgroupThreads + thread) * 4));
+            out[i] = out[i] * mine[i / 2 % 2] + part * theirs[i / 2 % 2];
+        }
+    }
+
+    // out becomes the mean and row_max the log-sum-exp, natural.
+    __device__ __forceinline__ void normalise(float scale_log2) {
+        constexpr float kLn2 = 0.693147180559945f;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float sum = row_sum[half];
+            sum += shuffle_xor(sum, 1);
+            sum += shuffle_xor(sum, 2);
+            const float inverse = sum == 0 ? 0 : reciprocal(sum);
+            row_max[half] = sum == 0 ? -INFINITY : (row_max[half] * scale_log2 + log2f(sum)) * kLn2;
+#pragma unroll
+            for (int i = 0; i < Tile::kHeadDim / 4; ++i) out[i / 2 * 4 + 2 * half + i % 2] *= inverse;
+        }
+    }
+};
+
+// The first tile of keys of an item: its scores, and their exponentials. kCount scores per thread.
+template <int kCount, class Tile>
+__device__ __forceinline__ void begin(
+    Spot k, const Ring<Tile>& ring, const Consumer& me, Registers<Tile>& registers, float scale_log2) {
+    float shrink[2];  // of nothing
+    ring.wait_full(k);
+    wgmma_fence();
+    registers.template issue_scores<kCount>(ring.query(me.shares_rows ? 0 : me.group), ring.tile(k));
+    const Chunk named = load_shared_16(ring.mask(k));
+    wgmma_wait<0>();
+    settle(registers.scores);
+    ring.release(k, me.lane);
+    registers.template mask<kCount>(named, me.lane);
+    registers.template exponentiate<kCount>(shrink, scale_log2);
+    registers.template round_probabilities<kCount>();
+}
+
+// A consumer's tiles of keys of one item: the products of a tile's V and of the next tile's K are issued together, and
+// the next tile's exponentials are taken while the former still run. The first tile may be a half one. The queries are
+// released with the last scores, so that the next item's come under the rest of this one.
+template <class Tile>
+__device__ __forceinline__ void attend(
+    const Order& order, bool half, const Ring<Tile>& ring, const Consumer& me, Registers<Tile>& registers,
+    float scale_log2) {
+    constexpr int kCount = Tile::kKeys / 2;
+    registers.clear();
+    if (order.tiles > 0 && half) begin<kCount / 2>(order.k(0), ring, me, registers, scale_log2);
+    if (order.tiles > 0 && !half) begin<kCount>(order.k(0), ring, me, registers, scale_log2);
+    for (int tile = 0; tile + 1 < order.tiles; ++tile) {
+        const Spot k = order.k(tile + 1), v = order.v(tile);
+        float shrink[2];
+        if (tile == 0) ring.wait_full(k);
+        ring.wait_full(v);
+        if (!me.shares_rows) me.wait_turn();
+        wgmma_fence();
+        registers.template issue_scores<kCount>(ring.query(me.shares_rows ? 0 : me.group), ring.tile(k));
+        registers.issue_out(ring.tile(v), half && tile == 0);
+        if (!me.shares_rows) me.give_turn();
+        const Chunk named = load_shared_16(ring.mask(k));
+        wgmma_wait<1>();
+        settle(registers.scores);
+        ring.release(k, me.lane);
+        if (tile + 2 == order.tiles) ring.release_query(me.lane);
+        registers.template mask<kCount>(named, me.lane);
+        registers.template exponentiate<kCount>(shrink, scale_log2);
+        settle(registers.scores);
+        // The next wait for K comes here, because ptxas keeps to branches alone: without one, it would put the
+        // exponentials off until the products below are done.
+        if (tile + 2 < order.tiles) ring.wait_full(order.k(tile + 2));
+        wgmma_wait<0>();
+        settle(registers.out);
+        ring.release(v, me.lane);
+        registers.rescale(shrink);
+        registers.template round_probabilities<kCount>();
+    }
+    if (order.tiles < 2) ring.release_query(me.lane);
+    if (order.tiles > 0) {
+        const Spot v = order.v(order.tiles - 1);
+        ring.wait_full(v);
+        wgmma_fence();
+        registers.issue_out(ring.tile(v), half && order.tiles == 1);
+        wgmma_wait<0>();
+        settle(registers.out);
+        ring.release(v, me.lane);
+    }
+}
+
+// A consumer's 64 rows of the output and their lse; rows past the last are clipped by the copy engine.
+template <class Tile>
+__device__ __forceinline__ void store_out(
+    const Args& args, const Item& item, const Ring<Tile>& ring, const Consumer& me, Registers<Tile>& registers,
+    float scale_log2) {
+    const AttnParams& p = args.params;
+    const int first_row = item.first_row + (me.shares_rows ? 0 : me.group * kWarpgroupRows);
+    registers.normalise(scale_log2);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = first_row + me.warp * kMmaRows + half * 8 + me.lane / 4;
+        float* const lse = p.lse + (int64_t{item.batch} * p.heads + item.head) * p.tokens;
+        if (row < p.tokens && me.lane % 4 == 0) lse[row] = registers.row_max[half];
+    }
+    const SharedAddress staged = ring.out(me.group);
+#pragma unroll
+    for (int i = 0; i < Tile::kHeadDim / 4; ++i) {
+        const int row = me.warp * kMmaRows + i % 2 * 8 + me.lane / 4, block = i / 2;
+        const int panel = block / 8, chunk = block % 8 ^ row % 8;
+        store_shared_4(staged + (panel * kWarpgroupRows + row) * kSwizzleBytes + chunk * kChunkBytes + me.lane % 4 * 4,
+                       pack<typename Tile::Element>(registers.out[2 * i], registers.out[2 * i + 1]));
+    }
+    fence_async_proxy();
+    me.barrier();
+    if (me.thread() == 0) {
+        for (int panel = 0; panel < Tile::kPanels; ++panel) {
+            const Box box{panel * kSwizzleElements, first_row, item.head, item.batch};
+            tma_store(args.out, box, staged + panel * kWarpgroupRows * kSwizzleBytes);
+        }
+        tma_store_commit();
+    }
+}
+
+template <class Tile>
+__device__ __forceinline__ void compute(const Args& args, const Ring<Tile>& ring, const Consumer& me) {
+    const float scale_log2 = args.params.softmax_scale * 1.44269504088896f;
+    Registers<Tile> registers;
+    if (me.group == 1 && !me.shares_rows) me.give_turn();
+    int round = 0;
+    for (int index = blockIdx.x; index < args.items; index += args.blocks, ++round) {
+        const Item item(args, index);
+        mbarrier_wait(ring.query_full(), round & 1);
+        const bool half = args.first_keys < Tile::kKeys && (me.group == 0 || !me.shares_rows);
+        attend(Order(args, round, me.shares_rows ? me.group : 0), half, ring, me, registers, scale_log2);
+        if (me.thread() == 0) tma_store_wait_read();  // the item before: its output has left shared memory
+        if (me.shares_rows) {
+            const SharedAddress sums = ring.out(0), stats = ring.shared + Tile::kStats;
+            me.barrier_of_both();
+            if (me.group == 1) registers.hand_over(sums, stats, me.thread());
+            me.barrier_of_both();
+            if (me.group == 1) continue;
+            registers.take_over(sums, stats, me.thread(), scale_log2);
+        }
+        me.barrier();
+        store_out(args, item, ring, me, registers, scale_log2);
+    }
+    if (me.thread() == 0) tma_store_wait_read();
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(kHopperThreads, 1) attn_kernel(const __grid_constant__ Args args) {
+    const Ring<Tile> ring{dynamic_shared()};
+    const int warp = shuffle_from(threadIdx.x / kWarpLanes, 0);  // so that the compiler knows it uniform
+    const int lane = threadIdx.x % kWarpLanes;
+    if (threadIdx.x == 0) ring.init(args);
+    named_barrier(kBlockBarrier, kHopperThreads);
+    if (warp < kWarpgroupWarps) {
+        release_registers<kMoverRegisters>();
+        if (warp == 0) fetch(args, ring, lane);
+        if (warp == 1) keep_boxes(args, ring, lane);
+        if (warp >= 2) keep_rows<Tile>(args, warp - 2, lane);
+    } else {
+        take_registers<kConsumerRegisters>();
+        compute(args, ring, Consumer{warp / kWarpgroupWarps - 1, warp % kWarpgroupWarps, lane, args.stride > 1});
+    }
+}
+
+}  // namespace amskv::hopper

@@ -1,0 +1,41 @@
+// The store alone: a warp per 16-row unit, as many as fill the device once.
+#include "common/device.cuh"
+#include "common/store.cuh"
+
+namespace amskv {
+namespace {
+
+inline constexpr int kThreads = kMaxWarps * kWarpLanes;
+
+struct AppendArgs {
+    AppendParams params;
+    int blocks_per_head;
+};
+
+__global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant__ AppendArgs args) {
+    const AppendParams& p = args.params;
+    const int head = blockIdx.x / args.blocks_per_head, batch = head / p.kv_heads, kv_head = head % p.kv_heads;
+    const int lane = threadIdx.x % kWarpLanes, workers = args.blocks_per_head * kMaxWarps;
+    const int worker = blockIdx.x % args.blocks_per_head * kMaxWarps + threadIdx.x / kWarpLanes;
+    switch (p.head_dim) {
+        case 64:
+            return store_rows<64>(p, batch, kv_head, worker, workers, lane);
+        case 96:
+            return store_rows<96>(p, batch, kv_head, worker, workers, lane);
+        default:
+            return store_rows<128>(p, batch, kv_head, worker, workers, lane);
+    }
+}
+
+}  // namespace
+
+Error append(const AppendParams& params, Stream stream) {
+    if (params.head_dim != 64 && params.head_dim != 96 && params.head_dim != 128) return kInvalid;
+    if (params.write.count == 0 || params.batch * params.kv_heads == 0) return kOk;
+    const int units = params.write.count * (params.pool.page_size / kUnitRows);
+    const AppendArgs args{params, (units + kMaxWarps - 1) / kMaxWarps};
+    return launch(
+        "append", append_kernel, params.batch * params.kv_heads * args.blocks_per_head, kThreads, 0, stream, args);
+}
+
+}  // namespace amskv

@@ -1,0 +1,87 @@
+"""Random arguments for `attn`, shared by the tests of every implementation.
+
+Rows that no slot names hold NaN, so reading one shows in the output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amskv_kernels.planning.layout import ROWS_BITS
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shape of a random call; `history` and `stored` list the rows of each page named."""
+
+    batch: int = 2
+    n: int = 5
+    heads: int = 2
+    kv_heads: int = 2
+    head_dim: int = 64
+    page_size: int = 16
+    history: tuple[int, ...] = ()
+    stored: tuple[int, ...] = ()
+    held: int = 0  # rows that the first page written already holds; it is then read too
+    per_batch: bool = False
+    per_head: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+def make(case: Case, seed: int = 0, device: str = "cpu") -> tuple:
+    """Arguments of torch.ops.amskv.attn; with `per_batch` / `per_head`, each row of slots names other rows."""
+    rng = torch.Generator().manual_seed(seed)
+    rows_b, rows_h = case.batch if case.per_batch else 1, case.kv_heads if case.per_head else 1
+    span = len(case.history) + len(case.stored) + 2  # pages of an arena, two of them never named
+    arenas = case.batch * case.kv_heads
+    start = torch.randperm(arenas, generator=rng).to(torch.int32) * span
+    pages = torch.full((arenas * span, 2, case.page_size, case.head_dim), torch.nan, dtype=case.dtype)
+    read, write = [], []
+    for _ in range(rows_b * rows_h):
+        offsets = torch.randperm(span, generator=rng).tolist()
+        history = [r if torch.rand((), generator=rng) < 0.8 or not _ragged(case) else 0 for r in case.history]
+        read.append([(offsets.pop() << ROWS_BITS) | r for r in history])
+        write.append([(offsets.pop() << ROWS_BITS) | r for r in case.stored])
+        if case.held:
+            read[-1].insert(0, (write[-1][0] >> ROWS_BITS << ROWS_BITS) | case.held)
+    read_slots, write_slots = (
+        torch.tensor(t, dtype=torch.int32).view(rows_b, rows_h, -1).contiguous() for t in (read, write)
+    )
+    arena = start.view(case.batch, case.kv_heads)
+    for b in range(case.batch):
+        for h in range(case.kv_heads):
+            for slot in read_slots[b % rows_b, h % rows_h].tolist():
+                page, rows = int(arena[b, h]) + (slot >> ROWS_BITS), slot & 0xFF
+                fresh = torch.randn(2, rows, case.head_dim, generator=rng)
+                pages[page, :, :rows] = fresh.to(case.dtype)
+    qkv = torch.randn(case.batch, case.n, case.heads + 2 * case.kv_heads, case.head_dim, generator=rng)
+    q, k, v = qkv.to(case.dtype).to(device).split([case.heads, case.kv_heads, case.kv_heads], dim=2)
+    rest = (pages, arena, read_slots, write_slots)
+    return (q, k, v, *(x.to(device) for x in rest), case.head_dim**-0.5)
+
+
+def _ragged(case: Case) -> bool:
+    return case.per_batch or case.per_head
+
+
+def sdpa_error(args: tuple, truth: Tensor) -> float:
+    """Largest error of PyTorch's own attention on the same keys in the same dtype, against `truth`."""
+    q, k, v, pages, arena, read_slots, _, scale = args
+    group = q.shape[2] // k.shape[2]
+    worst = 0.0
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            own = read_slots[b % read_slots.shape[0], (h // group) % read_slots.shape[1]].tolist()
+            named = [(int(arena[b, h // group]) + (s >> ROWS_BITS), s & 0xFF) for s in own]
+            keys, values = (
+                torch.cat([*(pages[page, i, :rows] for page, rows in named), x[b, :, h // group]])
+                for i, x in enumerate((k, v))
+            )
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q[b, :, h][None, None], keys[None, None], values[None, None], scale=scale
+            )[0, 0]
+            worst = max(worst, float((out.double().cpu() - truth[b, :, h]).abs().max()))
+    return worst

@@ -1,0 +1,253 @@
+"""The Triton kernels under their interpreter, against fp64.
+
+The interpreter must be on before Triton is imported, so without TRITON_INTERPRET=1 the one test here runs this file
+again in a child process that has it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from zlib import crc32
+
+import pytest
+import torch
+from attn_cases import Case, make, sdpa_error
+from extra_cases import (
+    COMPACT_CASES,
+    LARGE,
+    QK_PARTS,
+    QK_SHAPES,
+    SCORE_CASES,
+    SMALL,
+    make_compact,
+    make_qk,
+    make_scores,
+)
+
+import amskv_kernels
+from amskv_kernels import ops
+from amskv_kernels.ops import reference
+from amskv_kernels.ops.backends.triton import backend as triton_backend
+from amskv_kernels.ops.backends.triton.tiles import FAMILIES, LINES, Tile, attn_tile, split_count
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a child process with TRITON_INTERPRET=1")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the child process")
+def test_everything_under_the_interpreter():
+    pytest.importorskip("triton")
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
+
+
+@pytest.fixture
+def forced():
+    with amskv_kernels.backend("triton"):
+        yield
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Make launches choose as on a GPU of some architecture and size."""
+
+    def play(arch: int, processors: int = 1) -> None:
+        from amskv_kernels.ops.backends.triton import attn
+        from amskv_kernels.ops.backends.triton.common import Device
+
+        monkeypatch.setattr(attn, "describe", lambda _: Device(arch, processors))
+
+    return play
+
+
+def check_attn(args: tuple, case: Case) -> None:
+    """One call against fp64: output, log-sum-exp and every byte of the pool."""
+    pages = args[3].clone()
+    truth, truth_lse = reference.attn(*args[:3], pages, *args[4:])
+    # The interpreter truncates to bfloat16 where a GPU rounds: twice the error.
+    slack = 4 if case.dtype == torch.bfloat16 else 2
+    limit = slack * sdpa_error(args, truth) + 2e-6
+    out, lse = torch.ops.amskv.attn(*args)
+    assert out.dtype == case.dtype
+    assert out.is_contiguous()
+    assert (out.double() - truth).abs().max() <= limit
+    assert (lse.double() - truth_lse).abs().max() < 1e-5
+    assert torch.equal(args[3].view(torch.uint8), pages.view(torch.uint8)), "every byte, NaN included"
+
+
+def seed_of(case: Case) -> int:
+    return crc32(str(case).encode())
+
+
+HALF, BF16 = torch.float16, torch.bfloat16
+
+
+@interpreted
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_attn_of_small_steps(forced, case):
+    tile = attn_tile(80, case.head_dim, 4 if case.dtype == torch.float32 else 2, case.n, len(case.history))
+    assert case.dtype == torch.float32 or tile.heads > 1
+    check_attn(make(case, seed_of(case)), case)
+
+
+@interpreted
+@pytest.mark.parametrize("case", LARGE, ids=str)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_attn_with_the_tiles_of(forced, on_gpu, arch, case):
+    on_gpu(arch)
+    check_attn(make(case, seed_of(case)), case)
+
+
+@interpreted
+@pytest.mark.parametrize("case", [LARGE[4], LARGE[5], LARGE[7]], ids=str)
+@pytest.mark.parametrize(
+    "tile", [Tile(16, 16, 4, 1), Tile(32, 32, 4, 1), Tile(64, 128, 4, 1), Tile(64, 64, 4, 1)], ids=str
+)
+def test_attn_with_full_tiles_first(forced, monkeypatch, tile, case):
+    from amskv_kernels.ops.backends.triton import attn
+
+    monkeypatch.setattr(attn, "attn_tile", lambda *_: tile)
+    check_attn(make(case, seed_of(case)), case)
+
+
+@interpreted
+@pytest.mark.parametrize("case", [LARGE[2], LARGE[3], LARGE[6], LARGE[7]], ids=str)
+def test_attn_in_shares(forced, on_gpu, monkeypatch, case):
+    from amskv_kernels.ops.backends.triton import tiles
+
+    on_gpu(90, 10_000)
+    monkeypatch.setattr(tiles, "SHARE_TILES", 1)
+    check_attn(make(case, seed_of(case)), case)
+
+
+@interpreted
+@pytest.mark.parametrize("layout", ["heads first", "batch inside", "unaligned", "broadcast queries"])
+@pytest.mark.parametrize("n", [3, 21])
+def test_attn_reads_any_strides(forced, layout, n):
+    case = Case(n=n, history=(16, 3), stored=(16, n - 16) if n > 16 else (n,), heads=4, kv_heads=2, dtype=HALF)
+    q, k, v, *rest = make(case)
+
+    def laid_out(x):
+        if layout == "heads first":
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        if layout == "batch inside":
+            return x.transpose(0, 1).contiguous().transpose(0, 1)
+        if layout == "broadcast queries":
+            return x[:, :1].expand(x.shape)
+        storage = torch.zeros(x.numel() + 1, dtype=x.dtype)
+        return storage[1:].view(x.shape).copy_(x)
+
+    check_attn((laid_out(q), laid_out(k), laid_out(v), *rest), case)
+
+
+@interpreted
+@pytest.mark.parametrize("case", [c for c in SMALL + LARGE if c.stored], ids=str)
+def test_append(forced, case):
+    args = make(case, seed_of(case))
+    expected, stored = args[3].clone(), args[3].clone()
+    reference.append(args[1], args[2], expected, args[4], args[6])
+    torch.ops.amskv.append(args[1], args[2], stored, args[4], args[6])
+    assert torch.equal(stored.view(torch.uint8), expected.view(torch.uint8))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, HALF, BF16], ids=str)
+@pytest.mark.parametrize("shape", QK_SHAPES, ids=str)
+@pytest.mark.parametrize("parts", QK_PARTS.values(), ids=QK_PARTS)
+def test_prepare_qk(forced, parts, shape, dtype):
+    rounding = {torch.float32: 2.0**-24, HALF: 2.0**-11, BF16: 2.0**-7}[dtype]  # bfloat16 is truncated here
+    arguments = make_qk(shape, parts, dtype)
+    for x, truth in zip(torch.ops.amskv.prepare_qk(**arguments), reference.prepare_qk(**arguments), strict=True):
+        assert x.dtype == dtype
+        assert x.is_contiguous()
+        assert ((x.double() - truth).abs() <= rounding * truth.abs() + 2e-6).all()
+
+
+@interpreted
+@pytest.mark.parametrize("mode", ["softmax", "sum_logits"])
+@pytest.mark.parametrize("case", SCORE_CASES, ids=str)
+def test_window_scores(forced, case, mode):
+    arguments = make_scores(case)
+    scores, truth = torch.ops.amskv.window_scores(*arguments, mode), reference.window_scores(*arguments, mode)
+    assert torch.equal(scores.isneginf(), truth.isneginf())
+    torch.testing.assert_close(scores.double(), truth, rtol=1e-5, atol=2e-5)
+
+
+@interpreted
+def test_window_scores_of_a_wide_window(forced):
+    arguments = make_scores(replace(SCORE_CASES[5], n=5), window=40)
+    truth = reference.window_scores(*arguments, "softmax")
+    torch.testing.assert_close(torch.ops.amskv.window_scores(*arguments).double(), truth, rtol=1e-5, atol=2e-5)
+
+
+@interpreted
+@pytest.mark.parametrize(("case", "kept"), COMPACT_CASES, ids=str)
+def test_compact(forced, case, kept):
+    pages, arena, src_slots, k, v, keep, dst_slots = make_compact(case, kept)
+    expected = pages.clone()
+    reference.compact(expected, arena, src_slots, k, v, keep, dst_slots)
+    torch.ops.amskv.compact(pages, arena, src_slots, k, v, keep, dst_slots)
+    assert torch.equal(pages.view(torch.uint8), expected.view(torch.uint8))
+
+
+@interpreted
+def test_nothing_to_do_launches_nothing(forced):
+    args = make(Case(n=3, history=(5,)))
+    out, lse = torch.ops.amskv.attn(*(x[:, :0] for x in args[:3]), *args[3:])
+    assert out.shape == (2, 0, 2, 64)
+    assert lse.shape == (2, 2, 0)
+    torch.ops.amskv.append(*(x[:, :0] for x in args[1:3]), args[3], args[4], args[6])
+
+
+@interpreted
+def test_auto_keeps_the_cpu_off_the_interpreter():
+    assert ops.choose("attn", "cpu").backend == "torch"
+
+
+def test_triton_serves_a_gpu_and_says_why_not_a_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert ops.choose("attn", "cuda").backend == "triton"
+    with amskv_kernels.backend("triton"), pytest.raises(RuntimeError, match="on the CPU it needs its interpreter"):
+        ops.choose("attn", "cpu")
+    monkeypatch.setattr(triton_backend, "find_spec", lambda _: None)
+    choice = ops.choose("attn", "cuda")
+    assert choice.backend == "torch"
+    assert choice.reason.endswith("triton: Triton is not installed")
+
+
+def test_the_tile_table_serves_every_call():
+    for arch in (80, 86, 89, 90, 100, 103, 120, 121):
+        for head_dim in (64, 96, 128):
+            for rows in (1, 16, 17, 100, 192, 193, 5000):
+                for entries in (0, 2, 3, 700):
+                    tile = attn_tile(arch, head_dim, 2, rows, entries)
+                    assert tile.heads == 1 or (rows <= tile.block_m and rows <= 16)
+    assert {family for family, _ in LINES} == set(FAMILIES)
+    assert all(line.reason for table in LINES.values() for line in table)
+
+
+def test_shares_follow_from_shapes_alone():
+    assert split_count(programs=132, tiles=100, processors=132) == 1
+    assert split_count(programs=32, tiles=100, processors=132) == 8
+    assert split_count(programs=1, tiles=3, processors=132) == 1
+    assert split_count(programs=1, tiles=100, processors=132) == 25
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles for real")
+def test_a_launch_compiles_offline_to_the_instructions_meant():
+    """One of the launches of `make kernel-report`: on Hopper, wgmma fed by 16-byte asynchronous copies, no spills."""
+    pytest.importorskip("triton")
+    from tools import kernel_report
+
+    launch = kernel_report.record(kernel_report.attn_call(256, 27, 64, 16), "", 90)[0]
+    assert {"q", "k", "v", "pages", "stride_kn"} <= set(launch.aligned)
+    row = kernel_report.measure(launch, 90)
+    assert row["wgmma"] > 0
+    assert row["cp.async 16 B"] > 0
+    assert not kernel_report.faults(row)

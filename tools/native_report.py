@@ -1,0 +1,177 @@
+"""Tells what the compiled kernels are made of: registers, spills and the instructions that matter, per kernel.
+
+    python csrc/tools/disassemble.py [build/cuda/libamskv.so] [--out tools/reports/native-report.json]
+
+Needs cuobjdump, of a CUDA toolkit or of the triton package. Exits with an error where a kernel touches local memory,
+lacks an instruction it is written for, or where the Hopper kernel's loop is not what it was written to be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "csrc" / "cmake"), str(ROOT)]
+
+from build_info import readable  # noqa: E402
+
+# SASS mnemonic → what it is.
+WATCHED = {
+    "LDGSTS": "cp.async", "LDSM": "ldmatrix", "HMMA": "mma", "UTMALDG": "TMA load", "UTMASTG": "TMA store",
+    "HGMMA": "wgmma", "MUFU.EX2": "exp2", "FFMA": "fma", "LDL": "spill", "STL": "spill",
+}  # fmt: skip
+# What every attention kernel must show, and must not.
+PORTABLE = {"LDGSTS": True, "LDSM": True, "HMMA": True, "MUFU.EX2": True}
+HOPPER = {"UTMALDG": True, "UTMASTG": True, "HGMMA": True, "MUFU.EX2": True, "HMMA": False, "LDGSTS": False}
+MULTIPROCESSOR = 228 * 1024  # bytes of shared memory of an sm_90, of which a block takes 1 KiB for itself
+
+
+class Instruction(NamedTuple):
+    address: int
+    text: str  # without its predicate
+
+    def starts(self, mnemonic: str) -> bool:
+        return self.text.startswith(mnemonic)
+
+
+def cuobjdump() -> str:
+    found = shutil.which("cuobjdump")
+    if found is None and (triton := importlib.util.find_spec("triton")) is not None:
+        found = shutil.which("cuobjdump", path=str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    if found is None:
+        raise SystemExit("no cuobjdump: put a CUDA toolkit on PATH, or pip install triton")
+    return found
+
+
+def functions(sass: str) -> dict[tuple[str, str], list[Instruction]]:
+    """(architecture, symbol) → its instructions."""
+    found: dict[tuple[str, str], list[Instruction]] = {}
+    architecture, current = "", []
+    for line in sass.splitlines():
+        if match := re.search(r"arch = sm_(\d+a?)", line):
+            architecture = match[1]
+        elif match := re.search(r"Function : (\w+)", line):
+            current = found.setdefault((architecture, match[1]), [])
+        elif match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(.*?);", line):
+            current.append(Instruction(int(match[1], 16), match[2]))
+    return found
+
+
+def count(code: list[Instruction], mnemonic: str) -> int:
+    return sum(instruction.starts(mnemonic) for instruction in code)
+
+
+def main_loop(code: list[Instruction]) -> list[Instruction]:
+    """The shortest loop around the wait that leaves one group of products under way; empty if there is none."""
+    wait = next((i.address for i in code if "DEPBAR.LE gsb0, 0x1" in i.text), None)
+    if wait is None:
+        return []
+    loops = []
+    for instruction in code:
+        match = re.match(r"BRA (0x[0-9a-f]+)", instruction.text)
+        if match and int(match[1], 16) <= wait < instruction.address:
+            loops.append((int(match[1], 16), instruction.address))
+    first, last = min(loops, key=lambda loop: loop[1] - loop[0])
+    return [i for i in code if first <= i.address <= last]
+
+
+def hopper_facts(code: list[Instruction], tile: dict[str, int]) -> dict[str, object]:
+    """What one thread of a consumer does for one tile of keys, and what the roles take."""
+    loop = main_loop(code)
+    waits = [k for k, i in enumerate(loop) if i.starts("WARPGROUP.DEPBAR")]
+    between = loop[waits[0] : waits[-1]] if waits else []
+    registers = [int(i.text.split()[-1 if "DEALLOC" in i.text else 2].rstrip(","), 16) for i in code
+                 if i.starts("USETMAXREG")]  # fmt: skip
+    return {
+        "consumer registers": max(registers), "mover registers": min(registers), "shared": tile["shared"],
+        "blocks per multiprocessor": MULTIPROCESSOR // (tile["shared"] + 1024),
+        "scores per tile": tile["keys"] // 2, "exp2 per tile": count(loop, "MUFU.EX2"),
+        "fma per tile": count(loop, "FFMA"), "wgmma per tile": count(loop, "HGMMA"),
+        "wgmma groups per tile": sum(i.starts("HGMMA") and "gsb0" in i.text for i in loop),
+        "exp2 under wgmma": count(between, "MUFU.EX2"), "waits per tile": len(waits),
+        "instructions per tile": len(loop),
+    }  # fmt: skip
+
+
+def hopper_faults(facts: dict[str, object], tile: dict[str, int]) -> list[str]:
+    """Two row maxima change per tile: an exponential each beside the scores', and two multiply-adds."""
+    scores = tile["keys"] // 2
+    expected = {
+        "consumer registers": tile["consumer_registers"], "mover registers": tile["mover_registers"],
+        "blocks per multiprocessor": 1, "exp2 per tile": scores + 2, "fma per tile": scores + 4, "waits per tile": 2,
+        "wgmma groups per tile": 2,  # more would let the wait for all but the latest drain the products it spares
+        "wgmma per tile": tile["head_dim"] // 16 + tile["keys"] // 16,
+    }  # fmt: skip
+    found = [f"{name} is {facts[name]}, not {value}" for name, value in expected.items() if facts[name] != value]
+    if facts["exp2 under wgmma"] < 0.9 * scores:  # the compiler may leave a few behind the wait
+        found.append(f"only {facts['exp2 under wgmma']} exponentials run under products")
+    return found
+
+
+def examine(symbol: str, architecture: str, code: list[Instruction], info: dict) -> tuple[dict, list[str]]:
+    """A row of the report, and what is wrong with the kernel."""
+    name = readable(symbol)
+    built = next(k for k in info["kernels"] if k["name"] == name and k["architecture"].replace(".", "") == architecture)
+    row: dict[str, object] = {"kernel": name, "arch": architecture, "registers": built["registers"]}
+    row |= {"spilled bytes": built["spill"], "instructions": len(code)}
+    row |= {f"{mnemonic} ({what})": count(code, mnemonic) for mnemonic, what in WATCHED.items() if what != "spill"}
+    wrong = [f"{m} {count(code, m)} times" for m in ("LDL", "STL") if count(code, m)]
+    wrong += [f"{built['spill']} bytes spilled"] if built["spill"] else []
+    wrong += ["its products are serialised"] if built["serialised"] else []
+    hopper = name.endswith("Hopper>")
+    if name.startswith("attn<"):
+        for mnemonic, wanted in (HOPPER if hopper else PORTABLE).items():
+            if (count(code, mnemonic) > 0) != wanted:
+                wrong.append(f"{'no' if wanted else 'has'} {mnemonic}")
+    if hopper:
+        tile = next(t for t in info["hopper_tiles"] if f"head_dim {t['head_dim']}," in name)
+        facts = hopper_facts(code, tile)
+        row |= facts
+        wrong += hopper_faults(facts, tile)
+    return row, [f"{name} on {architecture}: {fault}" for fault in wrong]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("library", nargs="?", type=Path, default=ROOT / "build" / "cuda" / "libamskv.so")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "reports" / "native-report.json")
+    options = parser.parse_args()
+    import tabulate
+    import torch
+
+    from amskv_kernels.ops.backends.library import portable  # noqa: F401  defines the namespace that the library adds to
+    from benchmarks.report.tables import facts as transposed
+
+    torch.ops.load_library(str(options.library.resolve()))
+    info = json.loads(torch.ops.amskv.build_info())
+    command = [cuobjdump(), "-sass", str(options.library)]
+    found = functions(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    examined = [examine(symbol, architecture, code, info) for (architecture, symbol), code in found.items()]
+    rows = sorted((row for row, _ in examined), key=lambda row: (row["kernel"], row["arch"]))
+    common = [key for key in rows[0] if all(key in row for row in rows)]
+    headers = [key.partition(" (")[0] for key in common]
+    tabulate.MIN_PADDING = 0  # the widest table fits 160 columns
+    print(tabulate.tabulate([[row[key] for key in common] for row in rows], headers=headers))
+    special = [row for row in rows if "waits per tile" in row]
+    print("\nThe Hopper kernel, per thread of a consumer:\n")
+    own = [{key: row[key] for key in row if key not in common} for row in special]
+    for facts, row in zip(own, special, strict=True):
+        facts["kernel"] = row["kernel"].removeprefix("attn<").removesuffix(", Hopper>")
+    print(transposed(own, "kernel", "simple"))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    facts = {key: info[key] for key in ("version", "cuda", "architectures")}
+    options.out.write_text(json.dumps(facts | {"rows": rows}, indent=1, ensure_ascii=False) + "\n")
+    if wrong := [fault for _, faults in examined for fault in faults]:
+        raise SystemExit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
