@@ -46,7 +46,7 @@ class AttentionRecorder:
         self._calls = 0
         self._keys: list[list[Tensor]] = [[] for _ in range(num_layers)]
 
-    def observe(self, layer: int, q: Tensor, k: Tensor, softmax_scale: float) -> None:
+    def observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> None:
         """Take q (B, n, H, D) and k (B, n, Hkv, D) of the next call; layers come in order, step by step."""
         step, expected = divmod(self._calls, len(self._keys))
         if layer != expected:
@@ -79,7 +79,7 @@ class AttentionRecorder:
         """`observe`, then what the inner attention gives."""
         if self.inner is None:
             raise ValueError("this recorder has no inner attention; give it one to attend through it")
-        self.observe(layer, q, k, softmax_scale)
+        self.observe(layer, q, k, v, softmax_scale)
         return self.inner.attend(layer, q, k, v, softmax_scale)
 
     def selectivity(self) -> tuple[tuple[float, ...], ...]:

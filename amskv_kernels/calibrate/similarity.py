@@ -67,7 +67,7 @@ class SimilarityRecorder:
         self._calls = 0
         self._previous: list[Tensor | None] = [None] * num_layers
 
-    def observe(self, layer: int, k: Tensor) -> None:
+    def observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> None:
         """Take the keys (B, n, Hkv, D) of the next call; layers come in order, step by step."""
         step, expected = divmod(self._calls, len(self._previous))
         if layer != expected:
@@ -87,7 +87,7 @@ class SimilarityRecorder:
         """`observe`, then what the inner attention gives."""
         if self.inner is None:
             raise ValueError("this recorder has no inner attention; give it one to attend through it")
-        self.observe(layer, k)
+        self.observe(layer, q, k, v, softmax_scale)
         return self.inner.attend(layer, q, k, v, softmax_scale)
 
     def similarity(self) -> tuple[tuple[float, ...], ...]:

@@ -24,13 +24,13 @@ from torch.nn import functional as F
 
 from amskv_kernels.cache.paged import PagedKVCache
 from amskv_kernels.integrations.common import Patch, fits, require
+from amskv_kernels.models.attention import Observer
 from amskv_kernels.models.infinity import Text, Triples, text_attention
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.policies import Policy
 from amskv_kernels.schedule import ScaleSchedule
 
 PolicyOf = Policy | Callable[[ScaleSchedule], Policy]
-Observer = Callable[[int, Tensor, Tensor, float], None]
 
 _BLOCK_NEEDS = ("sa", "ca")
 _SELF_NEEDS = (
@@ -151,7 +151,7 @@ class _SelfForward:
         cos, sin = patched.rotation(rope2d_freqs_grid, scale_schedule, scale_ind, n, x.device)
         q, k = torch.ops.amskv.prepare_qk(qkv, heads, length, cos, sin, bool(own.cos_attn))
         if patched.observe is not None:
-            patched.observe(self._layer, q, k, float(own.scale))
+            patched.observe(self._layer, q, k, qkv[:, :, 2 * heads :], float(own.scale))
         cache = patched.ready(k, scale_schedule)
         cache.prepare(self._layer, x, own.mat_qkv.weight[: len(own.q_bias)])
         out = cache.attend(self._layer, q, k, qkv[:, :, 2 * heads :], float(own.scale))
@@ -198,7 +198,7 @@ def patch(
         policy: `Full()`, `ScaleKV(0.10)`, …; or a function from a schedule to one, for policies that are made for a
             schedule, where generations of several aspect ratios follow each other.
         page_size: see `CachePlan.build`.
-        observe: called with (layer, q, k, softmax_scale) at every call, for example `AttentionRecorder.observe` to
+        observe: called with (layer, q, k, v, softmax_scale) at every call, for example `AttentionRecorder.observe` to
             calibrate.
 
     Returns:

@@ -11,7 +11,6 @@ Only the attention modules' `forward` and `kv_caching` are replaced; weights, sa
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,11 +19,10 @@ from torch.nn import functional as F
 
 from amskv_kernels.cache.paged import PagedKVCache
 from amskv_kernels.integrations.common import Patch, fits, require
+from amskv_kernels.models.attention import Observer
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.policies import Policy
 from amskv_kernels.schedule import ScaleSchedule
-
-Observer = Callable[[int, Tensor], None]
 
 _MODEL_NEEDS = ("patch_nums", "blocks")
 _ATTENTION_NEEDS = (
@@ -68,11 +66,9 @@ class PatchedVAR(Patch):
         if enable and self.cache is not None:
             self.cache.reset()
 
-    def _ready(self, layer: int, k: Tensor) -> PagedKVCache:
+    def _ready(self, k: Tensor) -> PagedKVCache:
         """The cache, which the first call of a generation makes to measure."""
         batch, _, heads, head_dim = k.shape
-        if self._observe is not None:
-            self._observe(layer, k)
         cache = self.cache
         if cache is None or (cache.step == 0 and cache.layer == 0 and not fits(cache, k)):
             cache = self.cache = None  # its pool is free before the new one is made
@@ -102,7 +98,9 @@ class _Forward:
             q, k = F.normalize(q, dim=-1) * length, F.normalize(k, dim=-1)
         # Under autocast the norm gives fp32; attention takes 16 bit there anyway.
         q, k = q.to(v.dtype), k.to(v.dtype)
-        cache = self._patched._ready(self._layer, k)
+        if self._patched._observe is not None:
+            self._patched._observe(self._layer, q, k, v, float(own.scale))
+        cache = self._patched._ready(k)
         cache.prepare(self._layer, x, own.mat_qkv.weight[: len(own.q_bias)])
         out = cache.attend(self._layer, q, k, v, float(own.scale))
         return own.proj_drop(own.proj(out.view(batch, n, -1)))
@@ -117,7 +115,8 @@ def patch(
         model: an instance of the public class, any depth, on any device.
         policy: `Full()` for the same images from less memory, AMSKV(…) for much less.
         page_size: see `CachePlan.build`.
-        observe: called with (layer, k) at every call, for example `SimilarityRecorder.observe` to calibrate.
+        observe: called with (layer, q, k, v, softmax_scale) at every call, for example `SimilarityRecorder.observe` to
+            calibrate.
 
     Returns:
         A handle with `.undo()`, `.plan` and `.cache`, usable in a `with` statement.

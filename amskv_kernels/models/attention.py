@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
+
+# Called with (layer, q, k, v, softmax_scale) of every call, as `Attention.attend` gets them; returns nothing.
+Observer = Callable[[int, Tensor, Tensor, Tensor, float], None]
 
 
 class Attention(Protocol):

@@ -46,8 +46,8 @@ def test_similarity_resizes_maps_row_by_row(mode):
 def observed(count=2):
     recorder = SimilarityRecorder(SCHEDULE, LAYERS)
     for seed in range(count):
-        for _, layer, _, k, _ in calls(seed):
-            recorder.observe(layer, k)
+        for _, *call in calls(seed):
+            recorder.observe(*call, 1.0)
     return recorder
 
 
@@ -92,8 +92,8 @@ def test_demanding_layers_by_count_and_by_threshold_agree():
 
 def test_calibration_is_written_read_and_drawn(tmp_path):
     def generate(recorder):
-        for _, layer, _, k, _ in calls():
-            recorder.observe(layer, k)
+        for _, *call in calls():
+            recorder.observe(*call, 1.0)
 
     found = calibrate(generate, SimilarityRecorder(SCHEDULE, LAYERS), count=1, model="random")
     found.save(tmp_path / "c.json")
@@ -111,7 +111,7 @@ def test_calibration_is_written_read_and_drawn(tmp_path):
         (lambda: demanding_layers(((0.0, -1.0),), theta=float("nan")), "theta is nan; it must be a similarity"),
         (lambda: demanding_layers(((0.0, -1.0),), count=2), "count is 2; it must be within 0 … 1"),
         (lambda: SimilarityRecorder(SCHEDULE, 2).similarity(), "no whole generation"),
-        (lambda: SimilarityRecorder(SCHEDULE, 2).observe(1, torch.zeros(2, 1, 2, 64)), "the next call is layer 0"),
+        (lambda: SimilarityRecorder(SCHEDULE, 2).observe(1, *torch.zeros(3, 2, 1, 2, 64), 1.0), "call is layer 0"),
         (lambda: SimilarityRecorder(SCHEDULE, 2).attend(0, *torch.zeros(3, 2, 1, 2, 64), 1.0), "no inner attention"),
     ],
 )
@@ -223,8 +223,8 @@ def test_every_image_weighs_the_same_whatever_its_batch():
     together, apart = SimilarityRecorder(SCHEDULE, LAYERS), SimilarityRecorder(SCHEDULE, LAYERS)
     keys = [(layer, k) for _, layer, _, k, _ in calls(3, batch=6)]
     for layer, k in keys:
-        together.observe(layer, k)
+        together.observe(layer, k, k, k, 1.0)
     for part in (slice(0, 4), slice(4, 6)):
         for layer, k in keys:
-            apart.observe(layer, k[part])
+            apart.observe(layer, *[k[part]] * 3, 1.0)
     torch.testing.assert_close(torch.tensor(apart.similarity()), torch.tensor(together.similarity()))

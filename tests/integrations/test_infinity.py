@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from amskv_kernels import AMSKV, Full, ScaleSchedule, SlidingWindow
-from amskv_kernels.calibrate import AttentionRecorder
+from amskv_kernels.calibrate import AttentionRecorder, SimilarityRecorder
 from amskv_kernels.integrations.infinity import patch
 from amskv_kernels.models import infinity as stack
 from amskv_kernels.models.infinity import InfinityConfig, InfinityStack
@@ -134,6 +134,10 @@ def test_a_recorder_measures_what_passes_by(model):
     with patch(model, Full(), observe=recorder.observe):
         model.generate(prompts(), SMALL)
     assert recorder.images == 1
+    similarity = SimilarityRecorder(SMALL, 4)
+    with patch(model, Full(), observe=similarity.observe):
+        model.generate(prompts(), SMALL)
+    assert len(similarity.similarity()) == 4
     found = recorder.drafters(2)
     with patch(model, ScaleKV(0.4, drafters=found.layers)):
         model.generate(prompts(), SMALL)

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from amskv_kernels import AMSKV, H2O, Full, HeatKV, PagedKVCache, ScaleKV, ScaleSchedule, SlidingWindow
+from amskv_kernels.calibrate import AttentionRecorder, SimilarityRecorder
 from amskv_kernels.integrations.var import patch
 from amskv_kernels.policies import HeadOrders
 
@@ -138,6 +139,22 @@ def test_an_interrupted_generation_does_no_harm(model, monkeypatch):
             with pytest.raises(InterruptedError):
                 images(model)
         assert torch.equal(images(model), expected)
+
+
+@pytest.mark.parametrize("recorder", [AttentionRecorder, SimilarityRecorder])
+def test_every_recorder_listens(recorder):
+    model = public_var.VAR().eval()
+    listening = recorder(ScaleSchedule([(p, p) for p in model.patch_nums]), len(model.blocks))
+    seen = []
+
+    def observe(layer, q, k, v, softmax_scale):
+        seen.append((layer, *(tuple(x.shape) for x in (q, k, v)), softmax_scale))
+        listening.observe(layer, q, k, v, softmax_scale)
+
+    with patch(model, Full(), observe=observe):
+        images(model)
+    assert listening.images == 2
+    assert seen == [(layer, *[(4, p * p, 2, 64)] * 3, 1.0) for p in model.patch_nums for layer in range(3)]
 
 
 def test_training_forward_is_untouched():

@@ -327,7 +327,7 @@ def generation(recorder, seed, layers, heads=4, kv_heads=2, batch=2):
             q = 3 * torch.randn(batch, n, heads, 64, generator=rng)
             k = torch.randn(batch, n, kv_heads, 64, generator=rng)
             keys[layer].append(k)
-            recorder.observe(layer, q, k, 0.1)
+            recorder.observe(layer, q, k, k, 0.1)
             every = torch.cat(keys[layer], 1).repeat_interleave(heads // kv_heads, 2)
             found.append((0.1 * torch.einsum("bnhd,bmhd->bhnm", q, every)).softmax(-1).double())
     return found
@@ -412,7 +412,7 @@ def test_a_recorder_says_what_is_wrong():
     recorder = AttentionRecorder(SMALL, 2)
     q = torch.randn(1, 1, 2, 64)
     for call, message in (
-        (lambda: recorder.observe(1, q, q, 1.0), "layer is 1; the next call is layer 0 of step 0"),
+        (lambda: recorder.observe(1, q, q, q, 1.0), "layer is 1; the next call is layer 0 of step 0"),
         (lambda: recorder.attend(0, q, q, q, 1.0), "no inner attention"),
         (recorder.scores, "no whole generation has been recorded yet"),
         (lambda: AttentionRecorder(SMALL, 2, top=0), "top is 0; it must be at least 1"),
