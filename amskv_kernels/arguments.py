@@ -10,25 +10,35 @@ from typing import SupportsIndex
 import torch
 
 
-def whole_number(name: str, value: object, least: int) -> int:
+def shown(value: object) -> str:
+    """`value` as an error message shows it: short, whatever it is."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python writes out no integer of over 4300 digits
+        return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+
+
+def whole_number(name: str, value: object, least: int, most: int | None = None) -> int:
     """`value` as an int, NumPy's too, or a ValueError naming the argument."""
     number = _integer(value)
     if number is None or number < least:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number ≥ {least}")
+        raise ValueError(f"{name} is {shown(value)}; it must be a whole number ≥ {least}")
+    if most is not None and number > most:
+        raise ValueError(f"{name} is {shown(value)}; it must be at most {most}")
     return number
 
 
 def real_number(name: str, value: object) -> float:
     """`value` as a float, NumPy's too, or a TypeError naming the argument."""
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name} is {reprlib.repr(value)}; it must be a number")
+        raise TypeError(f"{name} is {shown(value)}; it must be a number")
     return float(value)
 
 
 def one_of(name: str, value: object, choices: tuple[int, ...]) -> None:
     """Raise ValueError where `value` is not one of the whole numbers `choices`."""
     if _integer(value) not in choices:
-        raise ValueError(f"{name} is {value!r}; it must be one of {choices}")
+        raise ValueError(f"{name} is {shown(value)}; it must be one of {choices}")
 
 
 def _integer(value: object) -> int | None:
@@ -40,7 +50,7 @@ def instance_of(name: str, value: object, kind: type) -> None:
     """Raise TypeError where `value` is of another type than `kind`."""
     if not isinstance(value, kind):
         article = "an" if kind.__name__[0] in "AEIOU" else "a"
-        raise TypeError(f"{name} is {reprlib.repr(value)}; it must be {article} {kind.__name__}")
+        raise TypeError(f"{name} is {shown(value)}; it must be {article} {kind.__name__}")
 
 
 def check_device(name: str, device: torch.device | str) -> None:
@@ -61,6 +71,6 @@ def check_index(name: str, value: object, count: int) -> None:
     """
     number = _integer(value)
     if number is None:
-        raise TypeError(f"{name} is {value!r}; it must be a whole number")
+        raise TypeError(f"{name} is {shown(value)}; it must be a whole number")
     if not 0 <= number < count:
-        raise IndexError(f"{name} is {value}; it must be within 0 … {count - 1}")
+        raise IndexError(f"{name} is {shown(value)}; it must be within 0 … {count - 1}")

@@ -20,7 +20,8 @@ from amskv_kernels.cache.paged import check_qkv
 from amskv_kernels.calibrate.similarity import key_similarity
 from amskv_kernels.ops.checks import check_pool, refuse_gradients
 from amskv_kernels.planning.layout import PAGE_SIZES
-from amskv_kernels.planning.pages import Pages, Slots, page_slots
+from amskv_kernels.planning.pages import Pages, page_slots
+from amskv_kernels.planning.tables import Slots
 from amskv_kernels.policies import AMSKVCapacity
 from amskv_kernels.schedule import ScaleSchedule
 

@@ -12,8 +12,8 @@ from amskv_kernels import ops  # noqa: F401 - registers torch.ops.amskv
 from amskv_kernels.arguments import check_device, instance_of, whole_number
 from amskv_kernels.cache.selector import TokenSelector
 from amskv_kernels.ops.checks import check_pool, refuse_gradients
-from amskv_kernels.planning.pages import Slots
 from amskv_kernels.planning.plan import CachePlan
+from amskv_kernels.planning.tables import Slots
 
 
 class PagedKVCache:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from amskv_kernels import ops  # noqa: F401 - registers torch.ops.amskv
-from amskv_kernels.planning.plan import CachePlan, Compaction
+from amskv_kernels.planning.plan import CachePlan
+from amskv_kernels.planning.tables import Compaction
 from amskv_kernels.policies.base import Selection
 
 

@@ -9,3 +9,7 @@ PAGE_SIZES = (16, 32, 64, 128)
 HEAD_DIMS = (64, 96, 128)
 ROWS_BITS = 8
 ROWS_MASK = (1 << ROWS_BITS) - 1
+# Page offsets in an arena: what an int32 slot has left beside its sign.
+MOST_PAGES = 1 << (31 - ROWS_BITS)
+# Page numbers in a pool are int32 as well.
+MOST_POOL_PAGES = 2**31 - 1

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 
+from amskv_kernels.arguments import shown
 from amskv_kernels.policies.base import HeadPolicy, Policy
 from amskv_kernels.schedule import ScaleSchedule
 
@@ -25,13 +28,17 @@ def lifetimes(
         held: tuple[int, ...] = ()
         for step in range(len(schedule)):
             if visible_to is None:
-                visible = tuple(policy.visible(schedule, layer, step))
+                found: object = policy.visible(schedule, layer, step)
             else:
-                visible = tuple(visible_to(schedule, layer, head, step))
+                found = visible_to(schedule, layer, head, step)
+            if not isinstance(found, Iterable):
+                raise ValueError(f"{where}s {shown(found)} in layer {layer} at step {step}; they must be a tuple")
+            visible = tuple(found)
             for scale in visible:
-                if not isinstance(scale, int) or not 0 <= scale < step:
+                if not isinstance(scale, int | np.integer) or not 0 <= scale < step:
                     raise ValueError(
-                        f"{where} {scale!r} in layer {layer} at step {step}; it must be an earlier one, 0 … {step - 1}"
+                        f"{where} {shown(scale)} in layer {layer} at step {step}; it must be an earlier one, "
+                        f"0 … {step - 1}"
                     )
                 if scale not in held and scale != step - 1:
                     raise ValueError(

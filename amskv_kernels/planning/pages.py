@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from amskv_kernels.planning.layout import PAGE_SIZES, ROWS_BITS, ROWS_MASK
+from amskv_kernels.planning.layout import MOST_PAGES, PAGE_SIZES, ROWS_BITS, ROWS_MASK
+from amskv_kernels.planning.tables import Extent, Slots
 
 # Larger pages mean fewer, longer copies, but more rounding: take the largest page whose pool is at most
 # half a percent above the smallest pool any page size gives.
 PAGE_SLACK = 0.005
 
-Slots = npt.NDArray[np.int32]
 NO_SLOTS: Slots = np.empty(0, dtype=np.int32)
-
-
-class Extent(NamedTuple):
-    """Rows [first_row, first_row + rows) of the page at `page_offset` in an arena."""
-
-    page_offset: int
-    first_row: int
-    rows: int
+NO_SLOTS.setflags(write=False)
 
 
 def page_slots(pages: Slots, rows: int, page_size: int) -> Slots:
@@ -86,6 +78,18 @@ def store(run: Run, count: int, page_size: int, pages: Pages) -> tuple[Slots, tu
     return slots, tuple(extents)
 
 
-def largest_page_size(rows: dict[int, int]) -> int:
-    """The page size to take, given the pool's rows for each."""
-    return max(size for size in PAGE_SIZES if rows[size] <= (1 + PAGE_SLACK) * min(rows.values()))
+def choose_page_size(pages: Mapping[int, int]) -> int:
+    """The page size to take of those asked for, given the pages that an arena would need with each.
+
+    Raises:
+        ValueError: more pages than a slot can name, whichever the size.
+    """
+    fitting = {size: count for size, count in pages.items() if count <= MOST_PAGES}
+    if not fitting:
+        size = max(pages)
+        raise ValueError(
+            f"the plan needs {pages[size]} pages of {size} rows in an arena; a slot can name at most {MOST_PAGES}"
+            + (", take a larger page_size" if size < PAGE_SIZES[-1] else "")
+        )
+    least = min(count * size for size, count in fitting.items())
+    return max(size for size, count in fitting.items() if count * size <= (1 + PAGE_SLACK) * least)

@@ -13,42 +13,31 @@ grows, where it keeps fewer, the chosen ones move to a fresh run and the old one
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
-from amskv_kernels.arguments import check_index, instance_of, one_of, whole_number
+from amskv_kernels.arguments import check_index, instance_of, one_of, shown, whole_number
 from amskv_kernels.planning.layout import PAGE_SIZES, ROWS_MASK
-from amskv_kernels.planning.pages import Extent, Slots
-from amskv_kernels.policies.base import Policy, Selection, TokenPolicy
+from amskv_kernels.planning.lifetimes import lifetimes, planned_heads, reads_everything
+from amskv_kernels.planning.pages import choose_page_size
+from amskv_kernels.planning.scales import count_scale_pages, scan_scales
+from amskv_kernels.planning.tables import Compaction, Extent, PageTables, Slots
+from amskv_kernels.planning.tokens import count_token_pages, held_tokens, scan_tokens
+from amskv_kernels.policies.base import HeadPolicy, Policy, Selection, TokenPolicy
 from amskv_kernels.schedule import ScaleSchedule
 
-
-@dataclass(frozen=True)
-class Compaction:
-    """What becomes of a layer's keys in a call that does not keep all of them; the same for all its heads.
-
-    Attributes:
-        held: rows in the layer's pages; keys count from here, then the current map's.
-        kept: how many keys stay.
-        observers: positions of the scoring queries in the current map.
-        always: keys that stay whatever their score, ascending.
-        slots: (S,) slots of the fresh pages that take the kept keys.
-    """
-
-    held: int
-    kept: int
-    observers: tuple[int, ...]
-    always: tuple[int, ...]
-    slots: Slots
+# Tables of one call take about half a kilobyte on the host: half a gigabyte at most, some 70 times the largest
+# published model's.
+MOST_ENTRIES = 2**20
 
 
-@dataclass(frozen=True, eq=False)  # holds arrays, so a plan equals itself alone
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)  # holds arrays, so a plan equals itself alone
 class CachePlan:
-    """Which page of an arena holds which entry, at every (step, layer) of a generation.
+    """Which page of an arena holds which entry, at every (step, layer) of a generation. Made by `build`; read-only.
 
     One arena belongs to one sequence and KV head, or, where heads differ, to one sequence and all its `heads`; all
     arenas of a batch follow the same plan.
@@ -57,10 +46,6 @@ class CachePlan:
         schedule: the model's schedule.
         num_layers: L.
         page_size: rows of a page.
-        pages: pages of one arena: the most that are ever live at once.
-        retained: (K,) tokens of all layers held from each step to the next, per arena.
-        live: (K, L) tokens in pages during each call: what it and later calls read, and what it writes.
-        live_pages: (K, L) pages these take.
         heads: KV heads that share an arena, each with slot tables of its own; 1 where all heads are alike.
         selection: how a token policy chooses; None where whole scales are kept.
         lossless: whether every call reads every earlier token.
@@ -69,18 +54,11 @@ class CachePlan:
     schedule: ScaleSchedule
     num_layers: int
     page_size: int
-    pages: int
-    retained: npt.NDArray[np.int64]
-    live: npt.NDArray[np.int64]
-    live_pages: npt.NDArray[np.int64]
-    _read: tuple[tuple[Slots, ...], ...]
-    _write: tuple[tuple[Slots, ...], ...]
-    _extents: dict[tuple[int, int], tuple[Extent, ...]]
-    _last_read: npt.NDArray[np.int64]
-    heads: int = 1
-    selection: Selection | None = None
-    lossless: bool = False
-    _compactions: dict[tuple[int, int], Compaction] = field(default_factory=dict)
+    heads: int
+    selection: Selection | None
+    lossless: bool
+    _tables: PageTables
+    _last_read: npt.NDArray[np.int64] | None  # (L · heads, K); None where tokens are chosen
 
     @classmethod
     def build(
@@ -102,25 +80,67 @@ class CachePlan:
 
         Raises:
             TypeError: the schedule or the policy is something else.
-            ValueError: a page size, layer or head count out of range, a policy that names a layer the model does
-                not have, reads a scale not yet drawn, or brings a dropped scale back, or whose budget is too small
-                for what it always keeps.
+            ValueError: a page size, layer or head count out of range; a policy made for another model, that names a
+                layer the model does not have, reads a scale not yet drawn, or brings a dropped scale back, or whose
+                budget is too small for what it always keeps; more pages than a slot can name.
         """
         instance_of("schedule", schedule, ScaleSchedule)
         instance_of("policy", policy, Policy)
-        whole_number("num_layers", num_layers, 1)
+        num_layers = whole_number("num_layers", num_layers, 1)
         if page_size is not None:
             one_of("page_size", page_size, PAGE_SIZES)
-        if kv_heads is not None:
-            whole_number("kv_heads", kv_heads, 1)
-        policy.check_layers(num_layers)
-        # The scans build plans, so they import this module.
-        from amskv_kernels.planning.scales import plan_scales
-        from amskv_kernels.planning.tokens import plan_tokens
-
+        kv_heads = None if kv_heads is None else whole_number("kv_heads", kv_heads, 1)
+        heads = kv_heads if isinstance(policy, HeadPolicy) and kv_heads is not None else 1
+        if (entries := len(schedule) * num_layers * heads) > MOST_ENTRIES:
+            of_heads = "" if heads == 1 else f" · {shown(heads)} heads"
+            raise ValueError(
+                f"num_layers is {shown(num_layers)}; {len(schedule)} scales · {shown(num_layers)} layers{of_heads} are "
+                f"{shown(entries)} entries, and a plan has at most {MOST_ENTRIES}"
+            )
+        policy.check_fits(schedule, num_layers)
+        sizes = PAGE_SIZES if page_size is None else (int(page_size),)
         if isinstance(policy, TokenPolicy):
-            return plan_tokens(schedule, policy, num_layers, page_size)
-        return plan_scales(schedule, policy, num_layers, page_size, kv_heads)
+            return cls._of_tokens(schedule, policy, num_layers, sizes)
+        heads = planned_heads(policy, schedule, num_layers, kv_heads)
+        last_read = lifetimes(schedule, policy, num_layers, heads)
+        chosen = choose_page_size({size: count_scale_pages(schedule, last_read, size, heads) for size in sizes})
+        return cls(
+            schedule=schedule, num_layers=num_layers, page_size=chosen, heads=heads, selection=None,
+            lossless=reads_everything(last_read), _tables=scan_scales(schedule, last_read, chosen, heads),
+            _last_read=last_read,
+        )  # fmt: skip
+
+    @classmethod
+    def _of_tokens(
+        cls, schedule: ScaleSchedule, policy: TokenPolicy, num_layers: int, sizes: tuple[int, ...]
+    ) -> CachePlan:  # fmt: skip
+        held = held_tokens(policy, schedule, num_layers)
+        chosen = choose_page_size({size: count_token_pages(schedule, held, size) for size in sizes})
+        everything = all(row == (offset,) * num_layers for row, offset in zip(held, schedule.offsets, strict=True))
+        return cls(
+            schedule=schedule, num_layers=num_layers, page_size=chosen, heads=1, selection=policy.selection,
+            lossless=everything, _tables=scan_tokens(schedule, policy, held, chosen), _last_read=None,
+        )  # fmt: skip
+
+    @property
+    def pages(self) -> int:
+        """Pages of one arena: the most that are ever live at once."""
+        return self._tables.pages
+
+    @property
+    def retained(self) -> npt.NDArray[np.int64]:
+        """(K,) tokens of all layers held from each step to the next, per arena."""
+        return self._tables.retained
+
+    @property
+    def live(self) -> npt.NDArray[np.int64]:
+        """(K, L) tokens in pages during each call: what it and later calls read, and what it writes."""
+        return self._tables.live
+
+    @property
+    def live_pages(self) -> npt.NDArray[np.int64]:
+        """(K, L) pages these take."""
+        return self._tables.live_pages
 
     def __repr__(self) -> str:
         heads = "" if self.heads == 1 else f" of {self.heads} heads"
@@ -137,7 +157,7 @@ class CachePlan:
             IndexError: a step or layer out of range.
         """
         self._check_call(step, layer)
-        return self._read[step][layer]
+        return self._tables.read[step][layer]
 
     def write_slots(self, step: int, layer: int) -> Slots:
         """(S,) slots that take the current scale; empty when nothing will read it; (heads, S) where heads differ.
@@ -148,7 +168,7 @@ class CachePlan:
             IndexError: a step or layer out of range.
         """
         self._check_call(step, layer)
-        return self._write[step][layer]
+        return self._tables.write[step][layer]
 
     def read_rows(self, step: int, layer: int) -> int:
         """Tokens that `layer` reads from pages at `step`; where heads differ, all of them together.
@@ -165,7 +185,7 @@ class CachePlan:
             IndexError: a step or layer out of range.
         """
         self._check_call(step, layer)
-        return self._compactions.get((step, layer))
+        return self._tables.compactions.get((step, layer))
 
     def visible(self, layer: int, step: int, head: int = 0) -> tuple[int, ...]:
         """Earlier scales that `layer` reads at `step`, as the policy gave them; where heads differ, those of `head`.
@@ -176,7 +196,7 @@ class CachePlan:
         """
         self._check_call(step, layer)
         check_index("head", head, self.heads)
-        if self.selection is not None:
+        if self._last_read is None:
             raise ValueError("this plan is of a token policy; which tokens a layer holds is decided on the device")
         return tuple(int(s) for s in np.flatnonzero(self._last_read[layer * self.heads + head, :step] >= step))
 
@@ -191,7 +211,7 @@ class CachePlan:
         if scale not in self.visible(layer, step, head):
             where = f"layer {layer}" if self.heads == 1 else f"head {head} of layer {layer}"
             raise ValueError(f"{where} does not hold scale {scale} at step {step}")
-        return self._extents[layer * self.heads + head, scale]
+        return self._tables.extents[layer * self.heads + head, scale]
 
     def _check_call(self, step: SupportsIndex, layer: SupportsIndex) -> None:
         check_index("step", step, len(self.schedule))

@@ -7,28 +7,17 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from amskv_kernels.planning.layout import PAGE_SIZES, ROWS_MASK
-from amskv_kernels.planning.lifetimes import lifetimes, planned_heads, reads_everything
-from amskv_kernels.planning.pages import NO_SLOTS, Extent, Pages, Run, Slots, largest_page_size, store
-from amskv_kernels.planning.plan import CachePlan
-from amskv_kernels.policies.base import Policy
+from amskv_kernels.planning.layout import ROWS_MASK
+from amskv_kernels.planning.pages import NO_SLOTS, Pages, Run, store
+from amskv_kernels.planning.tables import Extent, PageTables, Slots
 from amskv_kernels.schedule import ScaleSchedule
 
 
-def plan_scales(
-    schedule: ScaleSchedule, policy: Policy, num_layers: int, page_size: int | None = None, kv_heads: int | None = None
-) -> CachePlan:  # fmt: skip
-    """The plan of a policy that keeps whole scales, see `CachePlan.build`."""
-    heads = planned_heads(policy, schedule, num_layers, kv_heads)
-    last_read = lifetimes(schedule, policy, num_layers, heads)
-    chosen = _choose_page_size(schedule, last_read, heads) if page_size is None else page_size
-    return _scan(schedule, last_read, chosen, heads)
-
-
-def _choose_page_size(schedule: ScaleSchedule, last_read: npt.NDArray[np.int64], heads: int) -> int:
-    return largest_page_size(
-        {size: max(_live_pages(schedule, last_read, size, heads), default=0) * size for size in PAGE_SIZES}
-    )
+def count_scale_pages(
+    schedule: ScaleSchedule, last_read: npt.NDArray[np.int64], page_size: int, heads: int
+) -> int:  # fmt: skip
+    """The most pages live during any call, by counting alone; arguments as for `scan_scales`."""
+    return max(_live_pages(schedule, last_read, page_size, heads))
 
 
 def _live_pages(
@@ -52,8 +41,17 @@ def _live_pages(
                 live, freed = live - freed, 0
 
 
-def _scan(schedule: ScaleSchedule, last_read: npt.NDArray[np.int64], page_size: int, heads: int) -> CachePlan:
-    """Hand out pages call by call. A call is all heads of a layer: what one of them frees, only the next call takes."""
+def scan_scales(
+    schedule: ScaleSchedule, last_read: npt.NDArray[np.int64], page_size: int, heads: int
+) -> PageTables:  # fmt: skip
+    """Hand out pages call by call. A call is all heads of a layer: what one of them frees, only the next call takes.
+
+    Args:
+        schedule: the model's schedule.
+        last_read: (L · heads, K), see `lifetimes`.
+        page_size: rows of a page.
+        heads: how many heads of a layer are planned on their own.
+    """
     steps, num_layers = len(schedule), len(last_read) // heads
     pages = Pages()
     runs: list[dict[int, Run]] = [{} for _ in last_read]
@@ -88,9 +86,9 @@ def _scan(schedule: ScaleSchedule, last_read: npt.NDArray[np.int64], page_size: 
         read.append(_by_layer(reads, heads))
         write.append(_by_layer(writes, heads))
         retained[step] = tokens_live
-    return CachePlan(
-        schedule, num_layers, page_size, pages.count, retained, live, live_pages,
-        tuple(read), tuple(write), extents, last_read, heads, lossless=reads_everything(last_read),
+    return PageTables(
+        pages=pages.count, retained=retained, live=live, live_pages=live_pages,
+        read=tuple(read), write=tuple(write), extents=extents,
     )  # fmt: skip
 
 

@@ -29,7 +29,12 @@ class Policy(ABC):
         """Earlier scales (0-based, ascending, all < step) that `layer` reads at `step`."""
 
     def check_layers(self, num_layers: int) -> None:  # noqa: B027 - most policies treat all layers alike
-        """Raise ValueError when the policy names a layer that a model of `num_layers` does not have."""
+        """Raise ValueError when the policy was made for another depth, or names a layer that a model of `num_layers`
+        does not have."""
+
+    def check_fits(self, schedule: ScaleSchedule, num_layers: int) -> None:
+        """Raise ValueError when the policy was made for another schedule or depth; called before it is planned."""
+        self.check_layers(num_layers)
 
 
 class HeadPolicy(Policy):

@@ -88,7 +88,7 @@ def test_no_live_page_is_handed_out_twice(case):
                 stored = step + 1 if other <= layer else step
                 for scale in range(min(stored, len(schedule))):
                     if policy.deaths[other][scale] >= max(now, scale + 1):
-                        for extent in plan._extents[other, scale]:
+                        for extent in plan._tables.extents[other, scale]:
                             assert 0 <= extent.page_offset < plan.pages
                             owner = other, policy.deaths[other][scale]
                             assert owners.setdefault(extent.page_offset, owner) == owner
