@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ from amskv_kernels.arguments import check_device, check_index, instance_of, one_
 from amskv_kernels.cache.paged import check_qkv
 from amskv_kernels.calibrate.similarity import key_similarity
 from amskv_kernels.ops.checks import check_pool, refuse_gradients
-from amskv_kernels.planning.layout import PAGE_SIZES
-from amskv_kernels.planning.pages import Pages, page_slots
+from amskv_kernels.planning.layout import MOST_PAGES, MOST_POOL_PAGES, PAGE_SIZES
+from amskv_kernels.planning.pages import NO_SLOTS, Pages, choose_page_size, page_slots
 from amskv_kernels.planning.tables import Slots
 from amskv_kernels.policies import AMSKVCapacity
 from amskv_kernels.schedule import ScaleSchedule
@@ -51,8 +52,9 @@ class OnlineKVCache:
 
     Raises:
         TypeError: a schedule, policy, theta, dtype or device of another type.
-        ValueError: a size or theta out of range, a device that torch does not know or cannot use, or a policy made for
-            another number of layers.
+        ValueError: a size or theta out of range, a device that torch does not know or cannot use, a policy made for
+            another model, a capacity too small for the condensed scales, or one that may need more pages than a slot
+            can name.
     """
 
     def __init__(
@@ -71,13 +73,15 @@ class OnlineKVCache:
     ) -> None:
         instance_of("schedule", schedule, ScaleSchedule)
         instance_of("policy", policy, AMSKVCapacity)
-        policy.check_layers(whole_number("num_layers", num_layers, 1))
+        num_layers = whole_number("num_layers", num_layers, 1)
+        policy.check_fits(schedule, num_layers)
         theta = real_number("theta", theta)
         if math.isnan(theta):
             raise ValueError("theta is nan; it must be a similarity to compare with")
         one_of("page_size", page_size, PAGE_SIZES)
         check_pool(batch, kv_heads, head_dim, dtype, device)
         check_device("device", device)
+        _check_page_numbers(num_layers * _most_pages(schedule, policy, page_size), page_size, batch * kv_heads)
         self.schedule, self.policy, self.theta, self.page_size = schedule, policy, theta, page_size
         self.num_layers, self.batch, self.kv_heads = num_layers, batch, kv_heads
         with torch.inference_mode(False):  # usable inside inference mode and outside
@@ -134,21 +138,20 @@ class OnlineKVCache:
         refuse_gradients(q, k, v)
         state = self._layers[layer]
         kept, capacity = self._decide(state, scale, k)
-        read = [page_slots(pages, self.schedule.tokens[s], self.page_size) for s, pages in state.held.items()]
-        tokens = self.schedule.tokens[scale]
-        fresh = self._take(-(-tokens // self.page_size) if scale in kept else 0)
-        write = [page_slots(fresh, tokens, self.page_size)] if scale in kept else []
+        undecided = capacity == self.policy.c_min < self.policy.c_max
         factor = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
-        pages = self._pool.view(-1, *self._pool.shape[2:])
+        fresh = self._take(-(-self.schedule.tokens[scale] // self.page_size)) if scale in kept else NO_SLOTS
         try:
-            out, _ = torch.ops.amskv.attn(q, k, v, pages, self._arena, self._table(read), self._table(write), factor)
-        except Exception:  # a refused call leaves everything as it was
+            read, write = self._table(state.held), self._table({scale: fresh})
+            pages = self._pool.view(-1, *self._pool.shape[2:])
+            out, _ = torch.ops.amskv.attn(q, k, v, pages, self._arena, read, write, factor)
+            previous = k.contiguous() if undecided else None  # a view would keep all of qkv alive
+        except BaseException:  # a call that fails leaves everything as it was
             self._free.give_back(fresh)
             raise
         if capacity != state.capacity:
             state.capacity, state.turned_at = capacity, scale
-        undecided = capacity == self.policy.c_min < self.policy.c_max
-        state.previous = k.contiguous() if undecided else None  # a view would keep all of qkv alive
+        state.previous = previous
         if scale in kept:
             state.held[scale] = fresh
         for dropped in set(state.held) - set(kept):
@@ -168,18 +171,38 @@ class OnlineKVCache:
         return policy.keep(self.schedule, held, scale, capacity), capacity
 
     def _take(self, number: int) -> Slots:
-        taken = self._free.take(number)
+        """Pages for a scale; the pool grows first where it must, so that one that cannot loses none."""
         arenas, pages, *page = self._pool.shape
-        if self._free.count > pages:
-            room = max(self._free.count, 2 * pages)
+        needed = self._free.count_with(number)
+        if needed > pages:
+            _check_page_numbers(needed, self.page_size, arenas)
+            room = max(needed, min(2 * pages, MOST_PAGES, MOST_POOL_PAGES // arenas))
             with torch.inference_mode(False):
                 grown = self._pool.new_zeros(arenas, room, *page)
             grown[:, :pages] = self._pool
-            self._pool = grown
             first = torch.arange(arenas, dtype=torch.int32, device=grown.device) * room
-            self._arena = first.view(self.batch, self.kv_heads)
-        return taken
+            self._pool, self._arena = grown, first.view(self.batch, self.kv_heads)
+        return self._free.take(number)
 
-    def _table(self, slots: list[Slots]) -> Tensor:
-        flat = np.concatenate(slots) if slots else np.empty(0, dtype=np.int32)
+    def _table(self, pages_of: dict[int, Slots]) -> Tensor:
+        """The slots of whole scales, given their pages."""
+        tokens = self.schedule.tokens
+        tables = [page_slots(pages, tokens[scale], self.page_size) for scale, pages in pages_of.items()]
+        flat = np.concatenate([NO_SLOTS, *tables])
         return torch.from_numpy(flat).to(self._pool.device).view(1, 1, -1)
+
+
+def _most_pages(schedule: ScaleSchedule, policy: AMSKVCapacity, page_size: int) -> int:
+    """Pages that one layer holds at most, whether or not it turns demanding."""
+    pages, most = [-(-tokens // page_size) for tokens in schedule.tokens], 0
+    for capacity in (policy.c_min, policy.c_max):
+        held = policy.history(schedule, capacity, None)
+        for scale, (now, later) in enumerate(pairwise(held)):
+            most = max(most, sum(pages[s] for s in {*now, *later} if s <= scale))
+    return most
+
+
+def _check_page_numbers(count: int, page_size: int, arenas: int) -> None:
+    choose_page_size({page_size: count})
+    if arenas * count > MOST_POOL_PAGES:
+        raise ValueError(f"the pool may need {arenas * count} pages; page numbers are 32-bit")

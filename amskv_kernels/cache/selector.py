@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from amskv_kernels import ops  # noqa: F401 - registers torch.ops.amskv
+from amskv_kernels.arguments import instance_of
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.planning.tables import Compaction
 from amskv_kernels.policies.base import Selection
@@ -74,8 +75,15 @@ class TokenSelector:
             layer: of the coming call.
             x: (B, n, C), what the layer's projection gets.
             weight: (H · D, C), the query part of its weight.
+
+        Raises:
+            TypeError: x or weight is no tensor.
+            ValueError: one of another shape.
         """
+        instance_of("x", x, Tensor)
+        instance_of("weight", weight, Tensor)
         if self.selection.raw_queries and (step, layer) in self._tables:
+            _check_projection(x, weight, self._arena.shape[0], self.plan.schedule.tokens[step], self._pages.shape[3])
             observing = x.index_select(1, self._tables[step, layer][0])
             head_dim = self._pages.shape[3]
             self._raw = F.linear(observing, weight).unflatten(2, (-1, head_dim)).to(self._pages.dtype)
@@ -89,35 +97,38 @@ class TokenSelector:
             )
 
     def after(self, step: int, layer: int, q: Tensor, k: Tensor, v: Tensor, read: Tensor, softmax_scale: float) -> None:
-        """What follows the attention of a call: arguments as it had them, `read` its read slots."""
+        """What follows the attention of a call: arguments as it had them, `read` its read slots.
+
+        Everything that is remembered is remembered last, so that a call that fails can be made again.
+        """
         at = self.plan.compaction(step, layer)
         if at is None and not (self.selection.accumulate and step < self._last.get(layer, -1)):
             return
-        if self.selection.observers == "none":
-            assert at is not None
-            keep = self._tables[step, layer][1].expand(*self._arena.shape, -1)
-        else:
+        scores = None
+        if self.selection.observers != "none":
             scores = self._scores(step, layer, q, k, read, softmax_scale)
-            if self.selection.accumulate:
-                earlier = self._sums.get(layer)
-                if earlier is not None:
-                    scores[..., : earlier.shape[2]] += earlier
-                self._sums[layer] = scores
-            if at is None:
-                return
-            keep = choose(scores.clone(), self._tables[step, layer][1], at.kept, self.selection)
-            if self.selection.accumulate:
-                self._sums[layer] = scores.gather(2, keep)
-        held, rows = self.plan.read_rows(step, layer), read.shape[2] * self.plan.page_size
-        keys = torch.where(keep < held, keep, keep + (rows - held))
-        slots = self._tables[step, layer][2]
-        torch.ops.amskv.compact(self._pages, self._arena, read, k, v, keys.contiguous(), slots)
+            if self.selection.accumulate and layer in self._sums:
+                earlier = self._sums[layer]
+                scores[..., : earlier.shape[2]] += earlier
+        if at is not None:
+            always, slots = self._tables[step, layer][1:]
+            if scores is None:
+                keep = always.expand(*self._arena.shape, -1)
+            else:
+                keep = choose(scores.clone(), always, at.kept, self.selection)
+                scores = scores.gather(2, keep) if self.selection.accumulate else scores
+            held, rows = self.plan.read_rows(step, layer), read.shape[2] * self.plan.page_size
+            keys = torch.where(keep < held, keep, keep + (rows - held))
+            torch.ops.amskv.compact(self._pages, self._arena, read, k, v, keys.contiguous(), slots)
+        if self.selection.accumulate and scores is not None:
+            self._sums[layer] = scores
+        self._raw = None
 
     def _scores(self, step: int, layer: int, q: Tensor, k: Tensor, read: Tensor, softmax_scale: float) -> Tensor:
         """(B, Hkv, held + n) fp32 in the order of the keys."""
         if self.selection.raw_queries:
             assert self._raw is not None
-            observing, self._raw, softmax_scale = self._raw, None, 1 / math.sqrt(q.shape[3])
+            observing, softmax_scale = self._raw, 1 / math.sqrt(q.shape[3])
         elif self.selection.observers == "all":
             observing = q
         else:
@@ -127,6 +138,15 @@ class TokenSelector:
         held, rows = self.plan.read_rows(step, layer), read.shape[2] * self.plan.page_size
         # The rest of the last page names no key.
         return scores if held == rows else torch.cat([scores[..., :held], scores[..., rows:]], dim=2)
+
+
+def _check_projection(x: Tensor, weight: Tensor, batch: int, tokens: int, head_dim: int) -> None:
+    if x.dim() != 3 or x.shape[:2] != (batch, tokens):
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, n, C) with B = {batch}, n = {tokens}")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[2] or weight.shape[0] % head_dim or not weight.shape[0]:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; it must be (H · D, C) with D = {head_dim}, C = {x.shape[2]}"
+        )
 
 
 def _calls(plan: CachePlan) -> list[tuple[tuple[int, int], Compaction]]:

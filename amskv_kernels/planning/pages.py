@@ -53,6 +53,10 @@ class Pages:
         self.count += len(fresh)
         return np.array([*taken, *fresh], dtype=np.int32)
 
+    def count_with(self, number: int) -> int:
+        """Pages of the arena once `number` more are taken."""
+        return self.count + max(0, number - len(self.free))
+
     def give_back(self, pages: Slots) -> None:
         """Free `pages` for others."""
         for page in pages.tolist():
@@ -79,7 +83,7 @@ def store(run: Run, count: int, page_size: int, pages: Pages) -> tuple[Slots, tu
 
 
 def choose_page_size(pages: Mapping[int, int]) -> int:
-    """The page size to take of those asked for, given the pages that an arena would need with each.
+    """The page size to take of those asked for, given the pages that an arena needs with each.
 
     Raises:
         ValueError: more pages than a slot can name, whichever the size.
@@ -88,7 +92,7 @@ def choose_page_size(pages: Mapping[int, int]) -> int:
     if not fitting:
         size = max(pages)
         raise ValueError(
-            f"the plan needs {pages[size]} pages of {size} rows in an arena; a slot can name at most {MOST_PAGES}"
+            f"the cache needs {pages[size]} pages of {size} rows in an arena; a slot can name at most {MOST_PAGES}"
             + (", take a larger page_size" if size < PAGE_SIZES[-1] else "")
         )
     least = min(count * size for size, count in fitting.items())
