@@ -1,28 +1,67 @@
-"""Reading the small JSON files that measurements write: every mistake names the file and the field."""
+"""The files that measurements read and write: every mistake names file and field, and a failed save changes nothing."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from amskv_kernels.arguments import real_number
 from amskv_kernels.schedule import ScaleSchedule
 
 T = TypeVar("T")
+
+LARGEST_JSON = 1 << 26  # bytes; a checkpoint given in place of a measurement is refused unread
+# What a parser raises for content that is not what it expects.
+MISTAKES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+def parse_json(text: str) -> Any:
+    """What JSON says: finite numbers, integers of at most 64 bits.
+
+    Raises:
+        ValueError: it is not such JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 20 or not -(1 << 63) <= int(digits) < 1 << 63:
+        raise ValueError(f"{_short(digits)} is out of range; integers have at most 64 bits")
+    return int(digits)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{_short(text)} is not finite")
+    return float(text)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 24 else f"{text[:20]}…"
 
 
 def read_json(path: str | Path, kind: str) -> Any:
     """The file's content.
 
     Raises:
-        ValueError: it cannot be read or is not JSON.
+        ValueError: it cannot be read, is too large for a measurement, or is not JSON as `parse_json` takes it.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{kind} {path} cannot be read: {error}") from error
+        if (size := os.stat(path).st_size) > LARGEST_JSON:
+            raise ValueError(f"it has {size} bytes; such a file has at most {LARGEST_JSON}")
+        return parse_json(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{kind} {path} cannot be read: {reason(error)}") from error
 
 
 def read_fields(path: str | Path, kind: str, expected: str, parse: Callable[[dict[str, Any]], T]) -> T:
@@ -34,12 +73,107 @@ def read_fields(path: str | Path, kind: str, expected: str, parse: Callable[[dic
     raw = read_json(path, kind)
     if not isinstance(raw, dict) or raw.get("format") != expected:
         found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-        raise ValueError(f"{kind} {path} has format {found!r}; it must be {expected!r}")
+        raise ValueError(f"{kind} {path} has format {_short(repr(found))}; it must be {expected!r}")
     try:
         return parse(raw)
-    except (KeyError, TypeError, ValueError) as error:
-        field = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{kind} {path} is corrupt: {field}") from error
+    except MISTAKES as error:
+        raise ValueError(f"{kind} {path} is corrupt: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one line: a KeyError stands for a missing field, an OSError for what the system says."""
+    if isinstance(error, KeyError):
+        return f"field {error} is missing"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A file beside `path` to write to, in its folder, which is made; when the block ends well it takes the place.
+
+    When the block fails, what was at `path` stays, and nothing else does. What is no regular file, such as /dev/null,
+    is written to directly; a link keeps pointing where it did.
+
+    Raises:
+        OSError: from the system, where no such file can be made, or the old one is not to be written to.
+    """
+    path = Path(os.path.realpath(path))
+    if _exists(path) and not path.is_file():
+        yield path
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = _beside(path)
+    try:
+        yield beside
+        if _exists(path):
+            shutil.copymode(path, beside)
+        with open(beside, "rb") as written:
+            os.fsync(written.fileno())  # on the disk before the name points at it
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _exists(path: Path) -> bool:
+    """Whether anything is there; what `path.exists` keeps to itself, a name too long above all, is raised."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _beside(path: Path, folder: Path | None = None) -> Path:
+    """A new name in the folder of a file that may be written.
+
+    Raises:
+        PermissionError: it may not.
+    """
+    if _exists(path) and not os.access(path, os.W_OK):
+        raise PermissionError(13, "Permission denied", str(path))
+    return (folder or path.parent) / f".amskv-{secrets.token_hex(8)}.new"
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file as `replacing` does."""
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any, indent: int | None = 1, **options: Any) -> None:
+    """Write `value` as JSON as `replacing` does; `options` are those of `json.dumps`.
+
+    Raises:
+        ValueError: a number is not finite, which JSON has no word for.
+    """
+    write_text(path, json.dumps(value, indent=indent, allow_nan=False, **options) + "\n")
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise ValueError where no file can be written to `path`; tried before hours of measuring, and nothing is left.
+
+    Folders that are missing are made when the file is.
+    """
+    text = str(path)
+    shown = repr(text if len(text) <= 80 else f"{text[:40]}…{text[-20:]}")
+    if not Path(path).name or text.endswith("/"):
+        raise ValueError(f"{shown} is {'a directory' if text else 'empty'}; it must name a file")
+    target = Path(os.path.realpath(path))
+    try:
+        if target.is_dir():
+            raise ValueError(f"{shown} is a directory; it must name a file")
+        if _exists(target) and not target.is_file():
+            return
+        folder = next(folder for folder in target.parents if _exists(folder))
+        for part in target.relative_to(folder).parts:  # each of a length that the file system takes
+            _exists(folder / part)
+        beside = _beside(target, folder)
+        beside.touch()
+        beside.unlink()
+    except OSError as error:
+        raise ValueError(f"{shown} cannot be written: {reason(error)}") from error
 
 
 def finite_table(name: str, raw: Any, columns: int) -> tuple[tuple[float, ...], ...]:
@@ -48,7 +182,7 @@ def finite_table(name: str, raw: Any, columns: int) -> tuple[tuple[float, ...], 
     Raises:
         ValueError: no row, a row of another length, or a number that is not finite.
     """
-    table = tuple(tuple(float(x) for x in row) for row in raw)
+    table = tuple(tuple(real_number(name, x) for x in row) for row in raw)
     if not table or any(len(row) != columns for row in table):
         raise ValueError(f"{name} must have {columns} entries, one per scale, in each of one or more layers")
     if not all(math.isfinite(x) for row in table for x in row):

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from amskv_kernels.cli import console
+from amskv_kernels.cli.arguments import output_file
 from benchmarks.harness import machine, measure
 from benchmarks.harness.cases import (
     CPU_CASES,
@@ -128,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: at most four minutes")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     parser.add_argument("--roof", choices=tuple(GPUS), default="h200", help="GPU to predict for (default h200)")
-    parser.add_argument("--out", type=Path, help="result file (default benchmarks/results/MACHINE.json)")
+    parser.add_argument("--out", type=output_file, help="result file (default benchmarks/results/MACHINE.json)")
     parser.add_argument("--budget", type=seconds, metavar="SECONDS", help="begin no further row after this long")
     parser.add_argument("--threads", type=threads, help="of the processor (default: what torch takes)")
     parser.add_argument("--fresh", action="store_true", help="do not continue an unfinished file")
@@ -227,4 +229,4 @@ def _run(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(console.run(lambda: main(sys.argv[1:])))

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 from tabulate import tabulate
 
+from amskv_kernels.cli import console
+
 ROOT = Path(__file__).parent.parent
 KEPT = ("tests/gpu-reports", "benchmarks/results", "tools/reports")
 LEAST_SECONDS = 20.0  # a step that has less left is not begun
@@ -113,4 +115,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run(main))

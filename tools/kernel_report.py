@@ -9,7 +9,6 @@ stride alignment and the warps it would run with. Fails if anything spills or ne
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -29,6 +28,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from amskv_kernels.cli import console
+from amskv_kernels.cli.arguments import output_file
+from amskv_kernels.files import write_json
 from amskv_kernels.ops.backends.triton import append, attn, compact, prepare_qk, window_scores
 from amskv_kernels.ops.backends.triton.common import Device
 from amskv_kernels.ops.backends.triton.tiles import lines
@@ -215,7 +217,7 @@ def _measure(job: tuple[Launch, int]) -> dict[str, object]:
 def main() -> int:
     """Compile everything, print the table, write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("tools/reports/kernel-report.json"))
+    parser.add_argument("--out", type=output_file, default=Path("tools/reports/kernel-report.json"))
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))
     parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     options = parser.parse_args()
@@ -224,12 +226,11 @@ def main() -> int:
     with ProcessPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(_measure, unique.values()))
     print(tabulate(rows, headers="keys", tablefmt="simple"))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"versions": _versions(), "rows": rows}, indent=1, ensure_ascii=False) + "\n")
+    write_json(options.out, {"versions": _versions(), "rows": rows}, ensure_ascii=False)
     broken = [f"sm_{row['arch']} {row['kernel']} ({row['case']}): {fault}" for row in rows for fault in faults(row)]
     print("\n".join(broken) or f"{len(rows)} kernels, no spills", file=sys.stderr if broken else sys.stdout)
     return 1 if broken else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run(main))

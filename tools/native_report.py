@@ -1,6 +1,6 @@
 """Tells what the compiled kernels are made of: registers, spills and the instructions that matter, per kernel.
 
-    python csrc/tools/disassemble.py [build/cuda/libamskv.so] [--out tools/reports/native-report.json]
+    python tools/native_report.py [build/cuda/libamskv.so] [--out tools/reports/native-report.json]
 
 Needs cuobjdump, of a CUDA toolkit or of the triton package. Exits with an error where a kernel touches local memory,
 lacks an instruction it is written for, or where the Hopper kernel's loop is not what it was written to be.
@@ -142,11 +142,12 @@ def examine(symbol: str, architecture: str, code: list[Instruction], info: dict)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", nargs="?", type=Path, default=ROOT / "build" / "cuda" / "libamskv.so")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "reports" / "native-report.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "tools" / "reports" / "native-report.json")
     options = parser.parse_args()
     import tabulate
     import torch
 
+    from amskv_kernels.files import write_json
     from amskv_kernels.ops.backends.library import portable  # noqa: F401  defines the namespace that the library adds to
     from benchmarks.report.tables import facts as transposed
 
@@ -166,9 +167,8 @@ def main() -> None:
     for facts, row in zip(own, special, strict=True):
         facts["kernel"] = row["kernel"].removeprefix("attn<").removesuffix(", Hopper>")
     print(transposed(own, "kernel", "simple"))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     facts = {key: info[key] for key in ("version", "cuda", "architectures")}
-    options.out.write_text(json.dumps(facts | {"rows": rows}, indent=1, ensure_ascii=False) + "\n")
+    write_json(options.out, facts | {"rows": rows}, ensure_ascii=False)
     if wrong := [fault for _, faults in examined for fault in faults]:
         raise SystemExit("\n".join(wrong))
 

@@ -10,7 +10,6 @@ all timings go to benchmarks/results/tune-<gpu>.json.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,8 @@ import torch
 from tabulate import tabulate
 from triton.runtime.errors import OutOfResources
 
+from amskv_kernels.cli import console
+from amskv_kernels.files import write_json
 from amskv_kernels.ops.backends.triton import attn
 from amskv_kernels.ops.backends.triton.common import describe
 from amskv_kernels.ops.backends.triton.tiles import Tile, attn_tile
@@ -96,7 +97,7 @@ def tune(case: Case, device: str, seconds: float) -> list[dict[str, object]]:
         rows.append({
             "case": case.name, "head_dim": case.shape.head_dim, "rows": height, "history": group.history,
             "entries": entries, "page_size": case.plan.page_size, "best": best, "best_us": round(medians[best], 2),
-            "own": str(own), "own_us": round(medians.get(str(own), float("nan")), 2), "all": medians,
+            "own": str(own), "own_us": round(medians[str(own)], 2) if str(own) in medians else None, "all": medians,
         })  # fmt: skip
     return rows
 
@@ -120,10 +121,9 @@ def main() -> int:
         print(f'Line({row["rows"]}, {row["best"]}, "{row["best_us"]} µs, {row["case"]}, history {row["history"]}"),')
     facts = machine.describe("cuda")
     path = Path("benchmarks/results") / f"tune-{machine.slug(facts)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": facts, "commit": machine.commit(), "rows": rows}, indent=1) + "\n")
+    write_json(path, {"machine": facts, "commit": machine.commit(), "rows": rows})
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run(main))

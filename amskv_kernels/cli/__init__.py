@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from amskv_kernels.cli import calibrate, doctor, plan
+from amskv_kernels.cli import calibrate, console, doctor, plan
 from amskv_kernels.version import __version__
 
 DESCRIPTION = """\
@@ -17,6 +17,7 @@ start here:
   amskv plan --model var-d30 --policy ams-kv:75 --images 64   exact cache memory, before running anything
   amskv calibrate --help                                      measure your checkpoint for AMS-KV, ScaleKV or HeatKV
 """
+LONGEST_COMPLAINT = 500  # characters
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,7 +27,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _complain(message: str) -> int:
-    print(f"amskv: {message}", file=sys.stderr)
+    line = " ".join(message.split())
+    half = LONGEST_COMPLAINT // 2
+    print(f"amskv: {line if len(line) <= 2 * half else f'{line[:half]} … {line[-half:]}'}", file=sys.stderr)
     return 2
 
 
@@ -43,6 +46,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code, 2 for anything the user can mend."""
+    return console.run(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.command is None:
@@ -51,5 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
         return run(arguments)
-    except (ValueError, RuntimeError, OSError) as error:
-        return _complain(str(error).splitlines()[0])
+    except BrokenPipeError:
+        raise
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        return _complain((str(error).strip() or type(error).__name__).splitlines()[0])

@@ -3,40 +3,55 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amskv_kernels.cli.arguments import device, number, output_file, picture, seed
+from amskv_kernels.cli.arguments import default_device, device, number, output_file, picture, seed, whole
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from amskv_kernels.models import VAR
 
 TOP, PROTECTED = 16, 3
+EPILOG = """\
+next: amskv plan --checkpoint FILE --policy ams-kv:75@calibration.json, and the same policy in your code:
+  parse_policy("ams-kv:75@calibration.json", schedule, num_layers)
+Infinity: pass a recorder of amskv_kernels.calibrate as patch(infinity, Full(), observe=recorder.observe) and generate.
+"""
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser's."""
-    calibrate = commands.add_parser("calibrate", help="measure a model for AMS-KV, ScaleKV or HeatKV")
-    calibrate.add_argument("--var", required=True, metavar="FILE", help="var_d*.pth or safetensors")
-    calibrate.add_argument("--vae", required=True, metavar="FILE", help="vae_ch160v4096z32.pth or safetensors")
-    calibrate.add_argument("--model", help="var-d16 … var-d36; needed for .pth files, checked for others")
+    calibrate = commands.add_parser(
+        "calibrate", help="measure a model for AMS-KV, ScaleKV or HeatKV", epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    calibrate.add_argument(
+        "--var", required=True, metavar="FILE", help="var_d*.pth, a checkpoint of the public trainer, or safetensors"
+    )
+    calibrate.add_argument(
+        "--vae", required=True, metavar="FILE", help="vae_ch160v4096z32.pth, a trainer's checkpoint, or safetensors"
+    )
+    calibrate.add_argument("--model", help="var-d16 … var-d36, where the file must be of that model")
     calibrate.add_argument(
         "--method", choices=sorted(_METHODS), default="similarity",
         help="similarity of keys for AMS-KV (default), attention selectivity (ASI) for ScaleKV, S-CAS for HeatKV",
     )  # fmt: skip
     calibrate.add_argument("--theta", type=number, help="similarity: layers of a mean below this are demanding")
     calibrate.add_argument(
-        "--count", type=int,
+        "--count", type=whole(0),
         help="similarity: this many layers are demanding; asi: this many (layer, scale) pairs are drafters",
     )  # fmt: skip
-    calibrate.add_argument("--top", type=int, help=f"asi: strongest history keys that count (default {TOP})")
-    calibrate.add_argument("--protected", type=int, help=f"scas: scales that no head drops (default {PROTECTED})")
-    calibrate.add_argument("--images", type=int, default=32, help="images to measure (default 32)")
-    calibrate.add_argument("--batch", type=int, default=16, help="images at once (default 16)")
-    calibrate.add_argument("--seed", type=seed, default=0)
-    calibrate.add_argument("--device", type=device, default="cpu", help="cpu (default), cuda or cuda:N")
+    calibrate.add_argument("--top", type=whole(1), help=f"asi: strongest history keys that count (default {TOP})")
+    calibrate.add_argument("--protected", type=whole(0), help=f"scas: scales that no head drops (default {PROTECTED})")
+    calibrate.add_argument(
+        "--images", type=whole(1), default=32, help="images to measure, of classes spread over all (default 32)"
+    )
+    calibrate.add_argument("--batch", type=whole(1), default=16, help="images at once (default 16)")
+    calibrate.add_argument("--seed", type=seed, default=0, help="of classes and sampling (default 0)")
+    calibrate.add_argument("--device", type=device, help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     calibrate.add_argument("--out", type=output_file, default="calibration.json", help="default calibration.json")
     calibrate.add_argument("--plot", type=picture, metavar="PNG", help="similarity: draw it, layers × scales")
     calibrate.set_defaults(run=run)
@@ -52,13 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("give --theta or --count: how to choose the demanding layers")
     if arguments.method == "similarity" and arguments.theta is not None and arguments.count is not None:
         raise ValueError("give --theta or --count, not both")
-    for name, value in (("--images", arguments.images), ("--batch", arguments.batch)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     policy: str = _METHODS[arguments.method](arguments)
     print(f"written           {arguments.out}")
-    print(f"next              amskv plan --model … --policy {policy}@{arguments.out}")
+    print(f"next              amskv plan --checkpoint {arguments.var} --policy {policy}@{arguments.out}")
     return 0
 
 
@@ -124,18 +135,27 @@ def _load(arguments: argparse.Namespace) -> tuple[VAR, Callable[[Any], None], st
     from amskv_kernels.models import ConcatKVCache
     from amskv_kernels.models.checkpoint import load
 
-    var, vae = load(arguments.var, arguments.vae, arguments.model, arguments.device)
+    var, vae = load(arguments.var, arguments.vae, arguments.model, arguments.device or default_device())
     config, device = var.config, var.lvl_1L.device
-    labels = torch.arange(arguments.images, device=device) % config.num_classes
+    classes = spread_classes(config.num_classes, arguments.images, arguments.seed)
 
     def generate(recorder: Any) -> None:
-        batches = labels.split(arguments.batch)
+        batches = classes.to(device).split(arguments.batch)
         recorder.inner = cache = ConcatKVCache()
         rng = torch.Generator(device).manual_seed(arguments.seed)
-        with tqdm(total=len(batches) * len(config.schedule), unit="step", disable=not sys.stderr.isatty()) as bar:
+        with tqdm(total=len(batches) * len(config.schedule), unit="step", disable=None) as bar:
             for part in batches:
                 cache.reset()
                 top_k = min(900, config.vocab_size)
                 var.generate(vae, part, recorder, top_k=top_k, generator=rng, progress=lambda *_: bar.update() and None)
 
     return var, generate, arguments.model or Path(arguments.var).stem
+
+
+def spread_classes(num_classes: int, images: int, seed: int) -> Tensor:
+    """(images) int64: a class for each, drawn without repetition until all have been."""
+    import torch
+
+    rng = torch.Generator("cpu").manual_seed(seed)
+    rounds = [torch.randperm(num_classes, generator=rng, device="cpu") for _ in range(-(-images // num_classes))]
+    return torch.cat(rounds)[:images]

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from amskv_kernels.cli.arguments import picture
+from amskv_kernels.cli.arguments import add_model, model_shape, picture, whole
 
 
 def add(commands: Any) -> None:
@@ -14,12 +14,11 @@ def add(commands: Any) -> None:
     from amskv_kernels.policies.parse import SYNTAX
 
     plan = commands.add_parser("plan", help="exact cache memory of a model under a policy")
-    plan.add_argument("--model", required=True, help="var-d16 … var-d36, infinity-2b, infinity-8b")
+    add_model(plan)
     plan.add_argument("--policy", required=True, help=SYNTAX.replace("%", "%%"))
-    plan.add_argument("--images", type=int, default=1, help="images generated at once (default 1)")
+    plan.add_argument("--images", type=whole(1), default=1, help="images generated at once (default 1)")
     plan.add_argument("--dtype", default="bf16", help="of the pages: bf16 (default), fp16, fp32")
-    plan.add_argument("--schedule", help="another published schedule than the model's own")
-    plan.add_argument("--page-size", type=int, help="16, 32, 64 or 128 (default: what suits the schedule)")
+    plan.add_argument("--page-size", type=whole(1), help="16, 32, 64 or 128 (default: what suits the schedule)")
     plan.add_argument("--no-cfg", action="store_true", help="one sequence an image instead of two")
     plan.add_argument("--plot", type=picture, metavar="PNG", help="draw the bytes over the steps")
     plan.add_argument("--json", action="store_true", help="print all figures as JSON")
@@ -31,9 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     from amskv_kernels.planning.memory import STOCK_PAIR_BYTES, counted, report, token_mib
     from amskv_kernels.planning.plan import CachePlan
     from amskv_kernels.policies import parse_policy
-    from amskv_kernels.shapes import ModelShape
 
-    shape = ModelShape.named(arguments.model, arguments.schedule)
+    shape = model_shape(arguments)
     policy = parse_policy(arguments.policy, shape.schedule, shape.layers)
     plan = CachePlan.build(shape.schedule, policy, shape.layers, arguments.page_size, shape.kv_heads)
     memory = report(plan, shape, arguments.policy, arguments.images, arguments.dtype, not arguments.no_cfg)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from amskv_kernels.files import check_writable, replacing
 from amskv_kernels.planning.memory import MIB, counted
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.policies import Calibration
@@ -19,38 +20,39 @@ def picture_path(name: str) -> Path:
     """The file that a picture of this name goes to: a name without an ending gets `.png`.
 
     Raises:
-        ValueError: no name, a directory, or another ending than `FORMATS`.
+        ValueError: no name, a directory, another ending than `FORMATS`, or where nothing can be written.
         RuntimeError: there is no matplotlib to draw with.
     """
     path = Path(name)
-    if not path.name or name.endswith("/") or path.is_dir():
-        raise ValueError(f"{name!r} is {'a directory' if name else 'empty'}; it must name a file")
-    if path.suffix not in ("", *FORMATS):
+    if path.name and path.suffix not in ("", *FORMATS):
         raise ValueError(f"{name!r} ends in {path.suffix}; pictures are {' or '.join(FORMATS)}")
-    _pyplot()
-    return path if path.suffix else path.with_name(f"{path.name}.png")
+    check_writable(name)
+    _figure()
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
+    check_writable(path)
+    return path
 
 
-def _pyplot() -> Any:
+def _figure(**options: Any) -> Any:
+    """A figure of its own: the process's backend and what `pyplot` shows stay as they are."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise RuntimeError("plots need matplotlib: pip install 'amskv_kernels[plot]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    return Figure(**options)
 
 
-def _axes(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
-    pyplot = _pyplot()
-    return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", dpi=120)
+def new_figure(width: float, height: float, columns: int = 1, rows: int = 1, dpi: int = 120) -> tuple[Any, Any]:
+    """A figure of `width` x `height` inches and its axes, as `Figure.subplots` gives them."""
+    figure = _figure(figsize=(width, height), layout="constrained", dpi=dpi)
+    return figure, figure.subplots(rows, columns)
 
 
-def _save(figure: Any, path: str | Path) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None})
-    _pyplot().close(figure)
+def save(figure: Any, path: str | Path) -> None:
+    """Write a picture, PNG or PDF by its name; one that fails leaves the old one."""
+    ending = Path(path).suffix.removeprefix(".")
+    with replacing(path) as beside:
+        figure.savefig(beside, format=ending, metadata={"Software": None} if ending == "png" else None)
 
 
 def timeline(plans: Mapping[str, CachePlan], token_bytes: Mapping[str, int], title: str, path: str | Path) -> None:
@@ -62,7 +64,7 @@ def timeline(plans: Mapping[str, CachePlan], token_bytes: Mapping[str, int], tit
         title: of the picture.
         path: of the PNG.
     """
-    figure, axes = _axes(8, 4.5)
+    figure, axes = new_figure(8, 4.5)
     first = next(iter(plans.values()))
     tokens, layers = np.asarray(first.schedule.tokens), first.num_layers
     steps = np.arange(len(tokens))
@@ -78,13 +80,13 @@ def timeline(plans: Mapping[str, CachePlan], token_bytes: Mapping[str, int], tit
     axes.set_title(title)
     axes.legend()
     axes.grid(alpha=0.3)
-    _save(figure, path)
+    save(figure, path)
 
 
 def similarity(calibration: Calibration, path: str | Path) -> None:
     """Inter-scale key similarity, layers × scales; cache-demanding layers are marked."""
     table = np.asarray(calibration.similarity)[:, 1:]
-    figure, axes = _axes(1.5 + 0.6 * table.shape[1], 1.8 + 0.28 * table.shape[0])
+    figure, axes = new_figure(1.5 + 0.6 * table.shape[1], 1.8 + 0.28 * table.shape[0])
     image = axes.imshow(table, aspect="auto", cmap="viridis")
     figure.colorbar(image, ax=axes, label="similarity (− mean L2 distance)")
     axes.set_xticks(range(table.shape[1]), [f"{h}×{w}" for h, w in calibration.schedule[1:]], rotation=45)
@@ -93,7 +95,7 @@ def similarity(calibration: Calibration, path: str | Path) -> None:
     axes.set_xlabel("scale, compared with the one before")
     axes.set_ylabel("layer (* cache-demanding)")
     axes.set_title(f"Key similarity of {calibration.model}, {counted(calibration.images, 'image')}")
-    _save(figure, path)
+    save(figure, path)
 
 
 def quality(rows: Sequence[Mapping[str, Any]], title: str, path: str | Path) -> None:
@@ -105,7 +107,7 @@ def quality(rows: Sequence[Mapping[str, Any]], title: str, path: str | Path) -> 
         title: of the picture.
         path: of the PNG.
     """
-    figure, (left, right) = _axes(11, 4.5, columns=2)
+    figure, (left, right) = new_figure(11, 4.5, columns=2)
     names = list(dict.fromkeys(row["policy"] for row in rows if row["psnr_db"] is not None))
     for i, name in enumerate(names):
         own = sorted((row for row in rows if row["policy"] == name), key=lambda row: row["retained_share"])
@@ -121,4 +123,4 @@ def quality(rows: Sequence[Mapping[str, Any]], title: str, path: str | Path) -> 
         axes.grid(alpha=0.3)
     right.legend(fontsize=8)
     figure.suptitle(title)
-    _save(figure, path)
+    save(figure, path)

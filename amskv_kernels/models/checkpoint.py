@@ -1,10 +1,15 @@
-"""Models from files: the official `.pth` checkpoints, and safetensors that carry their own sizes."""
+"""Models from files: the official `.pth` checkpoints, those of the public trainer, and safetensors that `save` wrote.
+
+A state dict shows its sizes by its shapes; what a file or a caller says besides is compared with them before any model
+is built.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import asdict
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
@@ -12,14 +17,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from amskv_kernels.arguments import check_device
+from amskv_kernels.files import MISTAKES, parse_json, reason, replacing
 from amskv_kernels.models.var import VAR, VARConfig
 from amskv_kernels.models.vqvae import VQVAE, VQVAEConfig
 from amskv_kernels.schedule import ScaleSchedule
 
 Config = TypeVar("Config", VARConfig, VQVAEConfig)
+State = dict[str, Tensor]
+Sizes = dict[str, Any]
+
+# Where training code puts a state dict: the public trainer has {"trainer": {"var_wo_ddp": …, "vae_local": …}}.
+_AROUND = ("trainer", "state_dict", "model")
+_PARTS = {VARConfig: "var_wo_ddp", VQVAEConfig: "vae_local"}
+_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 
 
-def save(path: str | Path, model: torch.nn.Module, sizes: dict[str, Any], schedule: ScaleSchedule) -> None:
+def save(path: str | Path, model: torch.nn.Module, sizes: Sizes, schedule: ScaleSchedule) -> None:
     """Write a state dict as safetensors with the sizes and schedule it belongs to.
 
     The mask buffer is stored in fp16, which holds its 0 and −inf exactly.
@@ -27,8 +41,8 @@ def save(path: str | Path, model: torch.nn.Module, sizes: dict[str, Any], schedu
     state = {key: value.detach().contiguous().cpu() for key, value in model.state_dict().items()}
     if "attn_bias_for_masking" in state:
         state["attn_bias_for_masking"] = state["attn_bias_for_masking"].half()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, path, metadata={"config": json.dumps(sizes), "schedule": json.dumps(schedule.sizes)})
+    with replacing(path) as beside:
+        save_file(state, beside, metadata={"config": json.dumps(sizes), "schedule": json.dumps(schedule.sizes)})
 
 
 def load(
@@ -37,60 +51,190 @@ def load(
     """A VAR and its VQ-VAE, in evaluation mode, without gradients.
 
     Args:
-        var: `var_d16.pth` … `var_d36.pth`, or safetensors that `save` wrote.
-        vae: `vae_ch160v4096z32.pth`, or safetensors that `save` wrote.
-        model: "var-d16" … "var-d36", needed for `.pth`, whose files do not carry their sizes; other files
-            must be of that model.
+        var: `var_d16.pth` … `var_d36.pth`, a checkpoint of the public trainer, or safetensors that `save` wrote.
+        vae: `vae_ch160v4096z32.pth`, a checkpoint of the public trainer, or safetensors that `save` wrote.
+        model: "var-d16" … "var-d36", where the file must be of that model.
         device: where to put them.
 
     Raises:
-        ValueError: a file that cannot be read, has no sizes, does not fit them, or is of another model than
-            named; the message names the file.
+        ValueError: an unknown model or device, or a file that cannot be read, does not fit the sizes it says it has,
+            or is of another model than named; the message names the file.
     """
-    var_state, var_sizes, schedule = _read(Path(var))
-    vae_state, vae_sizes, vae_schedule = _read(Path(vae))
-    if var_sizes is not None:
-        config = _configure(VARConfig, var, var_sizes, schedule)
-        if model is not None and VARConfig.named(model) != config:
-            raise ValueError(f"{var} carries its own sizes, which are not those of {model}")
-    elif model is not None:
-        config = VARConfig.named(model)
-    else:
-        raise ValueError(f"{var} does not carry its sizes; say which model it is (var-d16 … var-d36)")
-    transformer = VAR(config)
-    vae_schedule = config.schedule if vae_sizes is None else vae_schedule
-    autoencoder = VQVAE(_configure(VQVAEConfig, vae, vae_sizes or {}, vae_schedule))
+    named = None if model is None else VARConfig.named(model)
+    check_device("device", device)
+    var_state, config = _read(Path(var), VARConfig, None)
+    if named is not None and named != config:
+        raise ValueError(f"{var} has other sizes than {model}: {_differences(config, named)}")
+    vae_state, vae_config = _read(Path(vae), VQVAEConfig, config.schedule)
+    transformer, autoencoder = VAR(config), VQVAE(vae_config)
     for path, module, state in ((var, transformer, var_state), (vae, autoencoder, vae_state)):
         try:
             module.load_state_dict(state)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{path}: {reason(error)}") from error
         module.eval().requires_grad_(False).to(device)
     return transformer, autoencoder
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, ScaleSchedule]:
-    """State dict, sizes and schedule; for a `.pth`, no sizes and VAR-256's schedule."""
+def var_config(path: str | Path) -> VARConfig:
+    """The sizes of the VAR in a checkpoint.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    return _read(Path(path), VARConfig, None)[1]
+
+
+def _read(path: Path, kind: type[Config], schedule: ScaleSchedule | None) -> tuple[State, Config]:
+    """A state dict and the configuration that its shapes give; `schedule` is for those that cannot tell theirs."""
+    try:
+        raw, stated, own_schedule = _contents(path)
+        state = _state(raw, _PARTS[kind])
+    except MISTAKES as error:
+        raise ValueError(f"{path} cannot be read: {reason(error)}") from error
+    try:
+        seen = _var_sizes(state) if kind is VARConfig else _vqvae_sizes(state)
+        schedule = own_schedule or schedule or _square_schedule(state)
+        if kind is VARConfig and list(schedule.tokens) != _tokens(state):
+            raise ValueError("its schedule is not that of its buffer of levels, lvl_1L")
+        return state, kind(schedule=schedule, **_agreed(kind, seen, stated))
+    except KeyError as error:
+        raise ValueError(f"{path} holds no {kind.__name__.removesuffix('Config')}: {error} is missing") from error
+    except MISTAKES as error:
+        raise ValueError(f"{path} does not fit its own sizes: {reason(error)}") from error
+
+
+def _contents(path: Path) -> tuple[Any, Sizes, ScaleSchedule | None]:
+    """What a file holds, and the sizes and schedule that it says it has.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     try:
         if path.suffix != ".safetensors":
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            return state, None, ScaleSchedule.named("var-256")
+            return torch.load(path, map_location="cpu", weights_only=True), {}, None
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        return state, json.loads(metadata["config"]), ScaleSchedule(json.loads(metadata["schedule"]))
-    except KeyError as error:
-        raise ValueError(f"{path} carries no {error} in its metadata") from error
-    except UnpicklingError as error:
-        raise ValueError(f"{path} cannot be read: it is not a PyTorch checkpoint of tensors alone") from error
-    except (OSError, RuntimeError, ValueError, SafetensorError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(reason(error)) from error
+    except Exception as error:  # the unpickler runs what it finds: bytes at random end in any error at all
+        raise ValueError(f"it is not a PyTorch checkpoint of tensors alone ({type(error).__name__})") from error
+    sizes = parse_json(metadata.get("config", "{}"))
+    if not isinstance(sizes, dict):
+        raise ValueError(f"its sizes are {type(sizes).__name__}; they must be an object")
+    schedule = ScaleSchedule(parse_json(metadata["schedule"])) if "schedule" in metadata else None
+    return state, sizes, schedule
 
 
-def _configure(kind: type[Config], path: str | Path, sizes: dict[str, Any], schedule: ScaleSchedule) -> Config:
-    """The configuration that a file's sizes name, or a ValueError naming the file."""
-    own: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in sizes.items()}
-    try:
-        return kind(schedule=schedule, **own)
-    except TypeError as error:
-        raise ValueError(f"{path} carries sizes that are not a {kind.__name__}'s: {', '.join(sizes)}") from error
+def _state(raw: Any, part: str) -> State:
+    """The state dict in what a file holds, under its plain names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    state = raw
+    for name in (*_AROUND, part):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+    if not isinstance(state, dict) or not state:
+        raise ValueError(f"it holds {'nothing' if state == {} else type(state).__name__}; it must hold a state dict")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"it holds {type(value).__name__} under {str(name)[:40]!r}; it must hold tensors by name")
+    for prefix in (f"{part}.", *_PREFIXES):
+        inside = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        state = inside or state
+    return state
+
+
+def _var_sizes(state: State) -> Sizes:
+    """The sizes of a VAR by its shapes; a KeyError names what is missing."""
+    width, z_channels = _shape(state, "word_embed.weight", 2)
+    normed = state.get("blocks.0.attn.scale_mul_1H11")
+    return {
+        "depth": _count(state, "blocks."),
+        "embed_dim": width,
+        # Without the learned lengths nothing tells; the public code has heads of 64.
+        "num_heads": max(width // 64, 1) if normed is None else normed.numel(),
+        "mlp_ratio": _shape(state, "blocks.0.ffn.fc1.weight", 2)[0] / width,
+        "vocab_size": _shape(state, "head.weight", 2)[0],
+        "z_channels": z_channels,
+        "num_classes": _shape(state, "class_emb.weight", 2)[0] - 1,
+        "shared_adaln": "shared_ada_lin.1.weight" in state,
+        "attn_l2_norm": normed is not None,
+    }
+
+
+def _vqvae_sizes(state: State) -> Sizes:
+    """The sizes of a VQ-VAE by its shapes; a KeyError names what is missing."""
+    ch, image_channels = _shape(state, "encoder.conv_in.weight", 4)[:2]
+    levels = range(_count(state, "encoder.down."))
+    vocab_size, z_channels = _shape(state, "quantize.embedding.weight", 2)
+    return {
+        "ch": ch,
+        "ch_mult": tuple(_shape(state, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] // ch for i in levels),
+        "num_res_blocks": _count(state, "encoder.down.0.block."),
+        "z_channels": z_channels,
+        "vocab_size": vocab_size,
+        "image_channels": image_channels,
+        "num_phi": _count(state, "quantize.quant_resi.qresi_ls."),
+    }
+
+
+def _shape(state: State, name: str, rank: int) -> tuple[int, ...]:
+    shape = tuple(state[name].shape)
+    if len(shape) != rank or 0 in shape:
+        raise ValueError(f"{name} is of shape {shape}; it must have {rank} dimensions, none of them 0")
+    return shape
+
+
+def _count(state: State, prefix: str) -> int:
+    """How many numbers follow `prefix` in the names of a state dict."""
+    return len({name[len(prefix) :].partition(".")[0] for name in state if name.startswith(prefix)})
+
+
+def _tokens(state: State) -> list[int]:
+    """How many tokens each scale has."""
+    tokens: list[int] = torch.unique_consecutive(state["lvl_1L"].flatten(), return_counts=True)[1].tolist()
+    return tokens
+
+
+def _square_schedule(state: State) -> ScaleSchedule:
+    """The schedule of square maps that a VAR's buffer of levels was made for."""
+    tokens = _tokens(state)
+    sides = [math.isqrt(n) for n in tokens]
+    if [side * side for side in sides] != tokens:
+        raise ValueError(f"lvl_1L has scales of {tokens} tokens, which are not square; the file must say its schedule")
+    published = (ScaleSchedule.named(name) for name in ScaleSchedule.names())
+    found = ScaleSchedule([(side, side) for side in sides])
+    return next((schedule for schedule in published if schedule == found), found)
+
+
+def _agreed(kind: type[Config], seen: Sizes, stated: Sizes) -> Sizes:
+    """The sizes that the shapes show, with what only a file can say; a ValueError where the two differ."""
+    known, agreed = kind.__dataclass_fields__.keys() - {"schedule"}, dict(seen)
+    for name, value in stated.items():
+        value = tuple(value) if isinstance(value, list) else value
+        if name not in known:
+            raise ValueError(f"{name} is no size of a {kind.__name__}; its sizes are {', '.join(sorted(known))}")
+        shown = seen.get(name, 0.5)  # phi_ratio leaves no trace in the shapes
+        if type(value) is not type(shown) and not (type(value) is int and isinstance(shown, float)):
+            raise ValueError(f"{name} is {str(value)[:40]}; it must be {_kind(shown)}")
+        rounded = name == "mlp_ratio" and round(seen["embed_dim"] * value) == round(seen["embed_dim"] * shown)
+        if name in seen and value != shown and not rounded:
+            raise ValueError(f"{name} is {str(value)[:40]} by its metadata and {shown} by its weights")
+        agreed[name] = value
+    return agreed
+
+
+def _kind(shown: object) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", tuple: "a list"}[type(shown)]
+
+
+def _differences(found: VARConfig, named: VARConfig) -> str:
+    ours, theirs = asdict(found), asdict(named)
+    ours["schedule"], theirs["schedule"] = found.schedule.name, named.schedule.name
+    return ", ".join(
+        f"{name} is {ours[name]} and must be {theirs[name]}" for name in ours if ours[name] != theirs[name]
+    )

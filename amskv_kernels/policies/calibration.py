@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from amskv_kernels.files import check_fits, finite_table, read_fields
+from amskv_kernels.arguments import real_number, whole_number
+from amskv_kernels.files import check_fits, finite_table, read_fields, write_json
 from amskv_kernels.policies.base import check_layers_exist, layer_set
 from amskv_kernels.schedule import ScaleSchedule
 
@@ -46,7 +46,7 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write the calibration as JSON."""
-        Path(path).write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+        write_json(path, {"format": FORMAT, **asdict(self)})
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
@@ -64,7 +64,8 @@ class Calibration:
         similarity = finite_table("similarity", raw["similarity"], len(sizes))
         demanding = layer_set("demanding_layers", raw["demanding_layers"])
         check_layers_exist("demanding_layers", demanding, len(similarity))
-        return cls(sizes, similarity, demanding, float(raw["theta"]), int(raw["images"]), str(raw["model"]))
+        theta, images = real_number("theta", raw["theta"]), whole_number("images", raw["images"], 0)
+        return cls(sizes, similarity, demanding, theta, images, str(raw["model"]))
 
     def check_fits(self, schedule: ScaleSchedule, num_layers: int) -> None:
         """Raise ValueError when the calibration was made for another depth or schedule."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from amskv_kernels.arguments import instance_of, real_number, whole_number
-from amskv_kernels.files import check_fits, read_json
+from amskv_kernels.files import MISTAKES, check_fits, read_json, reason, write_json
 from amskv_kernels.policies.base import HeadPolicy
 from amskv_kernels.schedule import ScaleSchedule
 
@@ -59,7 +58,7 @@ class HeadOrders:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
-        Path(path).write_text(json.dumps({"format": FORMAT, **asdict(self)}) + "\n", encoding="utf-8")
+        write_json(path, {"format": FORMAT, **asdict(self)}, indent=None)
 
     @classmethod
     def load(cls, path: str | Path) -> HeadOrders:
@@ -73,16 +72,20 @@ class HeadOrders:
         raw = read_json(path, "head order")
         fields: dict[str, Any] = raw if isinstance(raw, dict) else {"orders": raw}
         try:
-            orders = tuple(tuple((int(head), int(layer)) for head, layer in order) for order in fields["orders"])
-            if not orders:
+            orders = tuple(
+                tuple((whole_number("head", head, 0), whole_number("layer", layer, 0)) for head, layer in order)
+                for order in fields["orders"]
+            )
+            if not orders or not all(orders):
                 raise ValueError("the order is empty")
             sizes = fields.get("schedule")
             schedule = None if sizes is None else ScaleSchedule(sizes).sizes
-            return cls(orders, schedule, int(fields.get("images", 0)), str(fields.get("model", Path(path).stem)))
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
+            images = whole_number("images", fields.get("images", 0), 0)
+            return cls(orders, schedule, images, str(fields.get("model", Path(path).stem)))
+        except MISTAKES as error:
             raise ValueError(
-                f"head order {path} is corrupt: {reason}; it must hold a list of [head, layer] pairs per source scale"
+                f"head order {path} is corrupt: {reason(error)}; it must hold a list of [head, layer] pairs per source "
+                f"scale"
             ) from error
 
     def check_fits(self, schedule: ScaleSchedule, num_layers: int, kv_heads: int) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from amskv_kernels.arguments import real_number, whole_number
-from amskv_kernels.files import check_fits, finite_table, read_fields
+from amskv_kernels.files import check_fits, finite_table, read_fields, write_json
 from amskv_kernels.policies.base import Selection, TokenPolicy, check_layers_exist, layer_set
 from amskv_kernels.schedule import ScaleSchedule
 
@@ -77,7 +77,7 @@ class Drafters:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
-        Path(path).write_text(json.dumps({"format": self.FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+        write_json(path, {"format": self.FORMAT, **asdict(self)})
 
     @classmethod
     def load(cls, path: str | Path) -> Drafters:
@@ -97,7 +97,8 @@ class Drafters:
             raise ValueError(f"layers has {len(layers)} entries; it must have {len(sizes)}, one per scale")
         for each in layers:
             check_layers_exist("layers", each, len(table))
-        return cls(sizes, table, layers, int(raw["top"]), int(raw["images"]), str(raw["model"]))
+        top, images = whole_number("top", raw["top"], 1), whole_number("images", raw["images"], 0)
+        return cls(sizes, table, layers, top, images, str(raw["model"]))
 
     def check_fits(self, schedule: ScaleSchedule, num_layers: int) -> None:
         """Raise ValueError when the measurement was made for another depth or schedule."""

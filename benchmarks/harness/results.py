@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import json
-import os
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from amskv_kernels.files import read_json, write_json
 
 FOLDER = Path(__file__).parents[1] / "results"
 FORMAT = 1
@@ -69,13 +69,9 @@ class Run:
         self.missing[what] = why
 
     def save(self) -> None:
-        """Write everything to a file beside, then put it in the place of the old one."""
+        """Write everything; a save that fails leaves the old file."""
         self._saved_at = time.monotonic()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = {**self.header, "missing": self.missing, "rows": list(self.rows.values())}
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        beside.write_text(json.dumps(whole, indent=1, default=float) + "\n", encoding="utf-8")
-        beside.replace(self.path)
+        write_json(self.path, {**self.header, "missing": self.missing, "rows": list(self.rows.values())}, default=float)
 
     def finish(self, suites: Sequence[str]) -> None:
         """Nothing of these suites is left to measure."""
@@ -109,10 +105,9 @@ def read(path: Path) -> dict[str, Any]:
         UnreadableResultError: it is not one, or cannot be read.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
-        raise UnreadableResultError(f"{path} cannot be read: {reason}") from error
+        found = read_json(path, "result")
+    except ValueError as error:
+        raise UnreadableResultError(str(error)) from error
     if not _is_result(found):
         raise UnreadableResultError(f"{path} is not a result of python -m benchmarks (format {FORMAT})")
     return found

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from amskv_kernels.cli.plots import new_figure, save
 from benchmarks.harness import machine
 from benchmarks.harness.peers import OURS
 from benchmarks.harness.results import newest, rows
@@ -16,23 +17,6 @@ from benchmarks.suites.image import MODELS
 Result = dict[str, Any]
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 COLOURS = ("#0b6e4f", "#c0392b", "#2c5fa8", "#e08e0b", "#7d4fa3", "#50808e", "#8a6d3b", "#444444")
-
-
-def _axes(width: float, height: float) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=(width, height), layout="constrained", dpi=120)
-
-
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None})
-    pyplot.close(figure)
 
 
 def _note(axes: Any, result: Result) -> None:
@@ -49,7 +33,7 @@ def _case_title(case: CaseName) -> str:
 def per_step(result: Result, suite: str, case: CaseName, path: Path) -> None:
     """Time of every step's calls, all layers, for every contestant; below it, the roof."""
     found = [row for row in rows(result, suite) if case_of(row) == case]
-    figure, axes = _axes(8, 4.5)
+    figure, axes = new_figure(8, 4.5)
     at = sorted({row["step"] for row in found})
     for name, colour in zip(contestants(found), COLOURS, strict=False):
         times = []
@@ -71,7 +55,7 @@ def per_step(result: Result, suite: str, case: CaseName, path: Path) -> None:
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3, which="both")
     _note(axes, result)
-    _save(figure, path)
+    save(figure, path)
 
 
 def roofline(result: Result, suite: str, dtype: str, path: Path) -> None:
@@ -79,7 +63,7 @@ def roofline(result: Result, suite: str, dtype: str, path: Path) -> None:
     found = [row for row in rows(result, suite) if row["dtype"] == dtype]
     ceilings = result["ceilings"]
     bandwidth, peak = ceilings["tb_s"], ceilings["tflop_s"][dtype]
-    figure, axes = _axes(8, 4.5)
+    figure, axes = new_figure(8, 4.5)
     intensity = [row["flops"] / row["bytes"] for row in found]
     low, high = min(intensity) / 1.5, max(max(intensity), peak / bandwidth) * 1.5
     ridge = peak / bandwidth
@@ -101,7 +85,7 @@ def roofline(result: Result, suite: str, dtype: str, path: Path) -> None:
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3, which="both")
     _note(axes, result)
-    _save(figure, path)
+    save(figure, path)
 
 
 def sums(result: Result, suite: str, path: Path) -> None:
@@ -109,7 +93,7 @@ def sums(result: Result, suite: str, path: Path) -> None:
     found = rows(result, suite)
     kept = cases(found)[:9]
     names = [name for name in contestants(found) if name != OURS]
-    figure, axes = _axes(8, 1.2 + 0.42 * len(kept) * max(1, len(names) / 2))
+    figure, axes = new_figure(8, 1.2 + 0.42 * len(kept) * max(1, len(names) / 2))
     height = 0.8 / max(1, len(names))
     for i, (name, colour) in enumerate(zip(names, COLOURS[1:], strict=False)):
         shares = []
@@ -130,13 +114,13 @@ def sums(result: Result, suite: str, path: Path) -> None:
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3, axis="x")
     _note(axes, result)
-    _save(figure, path)
+    save(figure, path)
 
 
 def modules(result: Result, path: Path) -> None:
     """The attention module of a whole generation against stock's, as bars."""
     totals = module_totals(result)[:9]
-    figure, axes = _axes(8, 1.4 + 0.5 * len(totals))
+    figure, axes = new_figure(8, 1.4 + 0.5 * len(totals))
     for i, (name, colour) in enumerate((("stock_us", COLOURS[1]), ("ours_us", COLOURS[0]))):
         axes.barh(
             [j + 0.4 * i for j in range(len(totals))], [one[name] / one["stock_us"] for one in totals], 0.4,
@@ -151,13 +135,13 @@ def modules(result: Result, path: Path) -> None:
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3, axis="x")
     _note(axes, result)
-    _save(figure, path)
+    save(figure, path)
 
 
 def memory(result: Result, model: str, path: Path) -> None:
     """Cached MiB at every step under each policy, stock on top."""
     found = rows(result, "plan", model=model)
-    figure, axes = _axes(8, 4.5)
+    figure, axes = new_figure(8, 4.5)
     steps = range(1, len(found[0]["sizes"]) + 1)
     axes.step(steps, found[0]["stock_live_mib"], where="mid", color="black", linestyle="--", label="stock")
     for row, colour in zip(found, COLOURS, strict=False):
@@ -169,13 +153,13 @@ def memory(result: Result, model: str, path: Path) -> None:
     axes.set_title(f"Cache of one {model} image with guidance, bf16 (exact, from the plan)", fontsize=10)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    _save(figure, path)
+    save(figure, path)
 
 
 def batches(result: Result, model: str, path: Path) -> None:
     """Images per second over the batch, until memory runs out."""
     found = [row for row in rows(result, "image", model=model) if row["how"] == "eager"]
-    figure, axes = _axes(8, 4.5)
+    figure, axes = new_figure(8, 4.5)
     for name, colour in zip(dict.fromkeys(row["cache"] for row in found), COLOURS, strict=False):
         own = sorted((row["images"], row["images_s"]) for row in found if row["cache"] == name)
         axes.plot([x for x, _ in own], [y for _, y in own], marker="o", color=colour, label=name)
@@ -189,7 +173,7 @@ def batches(result: Result, model: str, path: Path) -> None:
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     _note(axes, result)
-    _save(figure, path)
+    save(figure, path)
 
 
 def wanted(results: Sequence[Result]) -> dict[str, Callable[[Path], None]]:

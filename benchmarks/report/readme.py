@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from amskv_kernels.cli import console
+from amskv_kernels.files import write_text
 from amskv_kernels.planning.memory import counted
 from benchmarks.harness.results import committed, newest, rows
 from benchmarks.report import plots, tables, targets
@@ -221,11 +223,11 @@ def main(argv: list[str]) -> int:
         if filled != page:
             stale.append(path.name)
             if "--check" not in argv:
-                path.write_text(filled, encoding="utf-8")
+                write_text(path, filled)
     if stale:
         print(f"{'stale' if '--check' in argv else 'rewritten'}: {', '.join(stale)}")
     return 1 if stale and "--check" in argv else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(console.run(lambda: main(sys.argv[1:])))

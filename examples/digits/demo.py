@@ -8,8 +8,8 @@ Stock-style concatenation and `full` give the same digits. The others keep a qua
 from __future__ import annotations
 
 import argparse
-import json
 import platform
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from amskv_kernels import CachePlan, PagedKVCache
-from amskv_kernels.cli import plots
+from amskv_kernels.cli import arguments, console, plots
+from amskv_kernels.files import write_json
 from amskv_kernels.models import VAR, ConcatKVCache
 from amskv_kernels.models.var import Attention
 from amskv_kernels.planning.memory import MIB, counted
@@ -163,12 +164,8 @@ def render(rows: Sequence[dict], style: str = "simple") -> str:
 
 def contact_sheet(runners: Sequence[Contestant], path: Path) -> None:
     """The first digits, one row a policy."""
-    from matplotlib import pyplot
-
     strips = [torch.cat(list(torch.cat(r.images)[:SHOWN]), dim=2).mean(0).numpy() for r in runners]
-    figure, axes = pyplot.subplots(
-        len(strips), 1, figsize=(SHOWN * 0.55, len(strips) * 0.62), dpi=110, layout="constrained"
-    )
+    figure, axes = plots.new_figure(SHOWN * 0.55, len(strips) * 0.62, rows=len(strips), dpi=110)
     for axis, strip, runner in zip(axes, strips, runners, strict=True):
         axis.imshow(strip, cmap="gray_r", vmin=0, vmax=1)
         axis.set_ylabel(runner.name, rotation=0, ha="right", va="center")
@@ -176,8 +173,7 @@ def contact_sheet(runners: Sequence[Contestant], path: Path) -> None:
         axis.set_yticks([])
         for spine in axis.spines.values():
             spine.set_visible(False)
-    figure.savefig(path, metadata={"Software": None})
-    pyplot.close(figure)
+    plots.save(figure, path)
 
 
 def machine() -> dict[str, str]:
@@ -195,17 +191,18 @@ def machine() -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=100, help="digits per policy (default 100)")
-    parser.add_argument("--batch", type=int, default=50, help="images at once (default 50)")
-    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder to write to (default demo-out)")
+    parser.add_argument("--images", type=arguments.whole(SHOWN), default=100, help="digits per policy (default 100)")
+    parser.add_argument("--batch", type=arguments.whole(1), default=50, help="images at once (default 50)")
+    parser.add_argument(
+        "--out", type=arguments.output_folder, default=Path("demo-out"), help="folder to write to (default demo-out)"
+    )
     args = parser.parse_args(argv)
-    if args.images < SHOWN or not 1 <= args.batch <= args.images:
-        parser.error(f"--images must be at least {SHOWN}, and --batch between 1 and --images")
-    args.out.mkdir(parents=True, exist_ok=True)
+    if args.batch > args.images:
+        parser.error("--batch must be between 1 and --images")
     runners, labels, var = run(args.images, args.batch)
     rows = [asdict(row) for row in table(runners, labels, args.batch, var)]
     result = {"machine": machine(), "images": args.images, "batch": args.batch, "sampling": SAMPLING, "rows": rows}
-    (args.out / "demo.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(args.out / "demo.json", result)
     contact_sheet(runners, args.out / "contact-sheet.png")
     token_bytes = 2 * args.batch * var.config.num_heads * var.config.head_dim * PAIR_BYTES
     plots.timeline(
@@ -221,4 +218,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console.run(main))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from amskv_kernels import CachePlan, PagedKVCache, parse_policy
+from amskv_kernels.cli import arguments, console
+from amskv_kernels.files import write_json
 from amskv_kernels.models import VAR, VQVAE
 from examples.digits.data import SEED, accuracy, digits
 from examples.digits.model import CALIBRATION, SAMPLING, WEIGHTS, load
@@ -61,19 +64,22 @@ def evaluate(var: VAR, vae: VQVAE, images: int, device: str = "cpu") -> dict[str
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--images", type=arguments.whole(1), default=500)
+    parser.add_argument("--device", type=arguments.device, default="cpu")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--out", type=Path, help="write the result there as JSON, too")
+    parser.add_argument("--out", type=arguments.output_file, help="write the result there as JSON, too")
     args = parser.parse_args(argv)
-    var, vae = load(args.device, args.weights)
+    try:
+        var, vae = load(args.device, args.weights)
+    except ValueError as error:
+        parser.error(str(error))
     judge = {name: round(accuracy(part.images, part.labels), 4) for name, part in zip(PARTS, digits(), strict=True)}
     result = {"judge": judge, **evaluate(var, vae, args.images, args.device)}
     result |= {"device": args.device, "torch": torch.__version__}
     print(json.dumps(result, indent=1))
     if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(args.out, result)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console.run(main))

@@ -11,8 +11,8 @@ over everything, for the same queries, keys and values.
 from __future__ import annotations
 
 import argparse
-import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from amskv_kernels import AMSKV, CachePlan, Full, PagedKVCache, Policy, ScaleSchedule
 from amskv_kernels.calibrate import AttentionRecorder, SimilarityRecorder
-from amskv_kernels.cli import plots
+from amskv_kernels.cli import arguments, console, plots
+from amskv_kernels.files import write_json
 from amskv_kernels.models import VAR, VQVAE, ConcatKVCache, Generation
 from amskv_kernels.planning.memory import MIB
 from amskv_kernels.policies import H2O, HeadOrders, HeatKV, PyramidKV, Recent, ScaleKV, SnapKV
@@ -320,14 +321,17 @@ def worth(scales: Sequence[dict], style: str = "simple") -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=30, help="digits per policy and share (default 30)")
-    parser.add_argument("--batch", type=int, default=30, help="images at once (default 30)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder to write to (default demo-out)")
+    parser.add_argument(
+        "--images", type=arguments.whole(1), default=30, help="digits per policy and share (default 30)"
+    )
+    parser.add_argument("--batch", type=arguments.whole(1), default=30, help="images at once (default 30)")
+    parser.add_argument("--device", type=arguments.device, default="cpu")
+    parser.add_argument(
+        "--out", type=arguments.output_folder, default=Path("demo-out"), help="folder to write to (default demo-out)"
+    )
     args = parser.parse_args(argv)
-    if not 1 <= args.batch <= args.images:
+    if args.batch > args.images:
         parser.error("--batch must be between 1 and --images")
-    args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
     var, vae = load(device)
     measured = measure(var, vae, device)
@@ -340,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for n, each in zip(var.config.schedule.tokens[:-1], zip(*measured.needs, strict=True), strict=False)
         ],
     }  # fmt: skip
-    (args.out / "shootout.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(args.out / "shootout.json", result)
     plots.quality(rows, f"{args.images} digits from the same seeds, fp32", args.out / "shootout.png")
     print(f"\n{args.images} digits, cfg {SAMPLING['cfg']}, on {ran.get('gpu', ran['cpu'])}\n\n{render(rows)}\n")
     print(f"PSNR ahead, dB\n\n{margins(rows)}\n\n{worth(result['scales'])}\n")
@@ -349,4 +353,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console.run(main))

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from amskv_kernels.cli import arguments, console
+from amskv_kernels.files import replacing, write_json
 from amskv_kernels.models import VAR, VQVAE, checkpoint
 from amskv_kernels.schedule import ScaleSchedule
 from examples.digits.data import SEED, accuracy, augment, digits
@@ -120,7 +122,11 @@ class Run:
     def resume(self) -> None:
         """Continue from the checkpoint, if there is one."""
         if self.file.exists():
-            held = torch.load(self.file, weights_only=True)
+            try:
+                held = torch.load(self.file, weights_only=True)
+            except Exception as error:  # as many kinds as there are ways to break a pickle
+                what = f"{self.file} is no checkpoint of this script ({type(error).__name__}); remove it"
+                raise SystemExit(what) from error
             self.model.load_state_dict(held["model"])
             self.average.model.load_state_dict(held["average"])
             self.optimizer.load_state_dict(held["optimizer"])
@@ -129,14 +135,13 @@ class Run:
 
     def keep(self) -> None:
         """Write the checkpoint; a crash while writing leaves the old one."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "model": self.model.state_dict(), "average": self.average.model.state_dict(),
             "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
             "step": self.step, "seconds": self.seconds, "log": self.log,
         }  # fmt: skip
-        torch.save(state, self.file.with_suffix(".new"))
-        self.file.with_suffix(".new").replace(self.file)
+        with replacing(self.file) as beside:
+            torch.save(state, beside)
 
     def steps(self, total: int, peak: float, seconds: float = math.inf) -> Iterator[int]:
         """Step numbers with the learning rate set, timed, shown and kept; yields before each update.
@@ -301,12 +306,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
-        "--out", type=Path, default=WEIGHTS, help="where weights and log go (default: beside this file)"
+        "--out",
+        type=arguments.output_folder,
+        default=WEIGHTS,
+        help="where weights and log go (default: beside this file)",
     )
     parser.add_argument("--quick", action="store_true", help="a few steps of everything")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--vae-steps", type=int)
-    parser.add_argument("--var-steps", type=int)
+    parser.add_argument("--threads", type=arguments.whole(1), default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--vae-steps", type=arguments.whole(1))
+    parser.add_argument("--var-steps", type=arguments.whole(1))
     parser.add_argument("--minutes", type=float, default=math.inf, help="let the VAR train for at most this long")
     parser.add_argument("--compile", action="store_true", help="torch.compile the transformer; needs a C++ compiler")
     args = parser.parse_args(argv)
@@ -343,9 +351,9 @@ def main(argv: list[str] | None = None) -> None:
         "generated": evaluate(var.eval(), vae, plan.eval_images, args.device),
         "vqvae_log": vae_run.log, "var_log": var_run.log,
     }  # fmt: skip
-    (args.out / "training.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(args.out / "training.json", result)
     print(json.dumps(result["generated"], indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console.run(main))

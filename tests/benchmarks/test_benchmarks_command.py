@@ -93,5 +93,5 @@ def test_what_is_no_result_is_named(command, text, tmp_path, capsys):
     assert main([command, *[str(path)] * (2 if command == "compare" else 1)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"benchmarks: {path} ")
+    assert err.removeprefix("benchmarks: ").removeprefix("result ").startswith(f"{path} ")
     assert err.count("\n") == 1

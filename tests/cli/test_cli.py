@@ -157,8 +157,14 @@ def test_calibrate_measures_attention(checkpoints, capsys, method, policy, more)
         ),
         (["plan", "--model", "var-d99", "--policy", "full"], "model 'var-d99' is not known; known: var-d16"),
         (["plan", "--model", "var-d30", "--policy", "magic"], "policy 'magic' is not known; known: full"),
-        (["plan", "--model", "var-d30", "--policy", "full", "--images", "0"], "images is 0; it must be at least 1"),
-        (["plan", "--model", "var-d30", "--policy", "full", "--images", "many"], "invalid int value: 'many'"),
+        (
+            ["plan", "--model", "var-d30", "--policy", "full", "--images", "0"],
+            "--images: '0' is not a whole number within 1 … 1000000",
+        ),
+        (
+            ["plan", "--model", "var-d30", "--policy", "full", "--images", "many"],
+            "--images: 'many' is not a whole number",
+        ),
         (["plan", "--model", "var-d30", "--policy", "full", "--dtype", "int8"], "dtype is 'int8'; it must be one of"),
         (["plan", "--model", "var-d30", "--policy", "full", "--page-size", "17"], "page_size is 17"),
         (["plan", "--model", "var-d30", "--policy", "full", "--schedule", "x"], "schedule 'x' is not a published one"),
@@ -201,7 +207,7 @@ def test_errors_are_one_line_and_exit_code_2(capsys, argv, message):
     [
         (
             ["--count", "1", "--model", "var-d16"],
-            "var.safetensors carries its own sizes, which are not those of var-d16",
+            "var.safetensors has other sizes than var-d16: schedule is custom and must be var-256, depth is 2",
         ),
         (["--count", "1", "--model", "foo"], "model 'foo' is not a released one"),
         (["--method", "asi", "--count", "99", "--top", "4"], "count is 99; there are 4 pairs of a layer and a scale"),
@@ -219,13 +225,17 @@ def test_what_a_model_cannot_have_is_refused_before_it_is_measured(checkpoints, 
     assert message in err
 
 
-def test_a_pth_needs_its_model_named(checkpoints, capsys):
+def test_a_pth_says_itself_what_it_is(checkpoints, capsys):
     var, _ = load(checkpoints / "var.safetensors", checkpoints / "vae.safetensors")
-    torch.save(var.state_dict(), checkpoints / "var.pth")
-    argv = ["calibrate", "--var", str(checkpoints / "var.pth"), "--vae", str(checkpoints / "vae.safetensors")]
-    code, _, err = run(capsys, *argv, "--count", "1")
-    assert code == 2
-    assert "does not carry its sizes; say which model it is" in err
+    torch.save(var.state_dict(), checkpoints / "custom.pth")
+    argv = ["--vae", str(checkpoints / "vae.safetensors"), "--out", str(checkpoints / "c.json"), "--images", "2"]
+    code, out, err = run(capsys, "calibrate", "--var", str(checkpoints / "custom.pth"), *argv, "--count", "1")
+    assert code == 0, err
+    hint = out.splitlines()[-1].split()
+    assert hint[:2] == ["next", "amskv"]
+    code, out, err = run(capsys, *hint[2:])
+    assert code == 0, err
+    assert out.startswith("custom (custom), 1 image = 2 sequences, bf16\n")
 
 
 def test_a_corrupt_checkpoint_is_named(checkpoints, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from amskv_kernels.files import write_json
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]  # attn_cases, extra_cases
@@ -54,7 +55,7 @@ def pytest_sessionfinish(session):
         "counts": counts, "not_passed": {k: v for k, v in _outcomes.items() if v != "passed"}, "measured": _measured,
     }  # fmt: skip
     path = folder / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
-    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_json(path, report, ensure_ascii=False)
 
 
 def _version(package: str) -> str | None:

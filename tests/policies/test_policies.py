@@ -228,7 +228,7 @@ def test_calibration_round_trips_and_ranks(tmp_path):
         (lambda raw: raw.pop("theta"), "field 'theta' is missing"),
         (lambda raw: raw.update(format="other"), "has format 'other'; it must be 'amskv-similarity-1'"),
         (lambda raw: raw["similarity"][1].pop(), "similarity must have 10 entries"),
-        (lambda raw: raw["similarity"][1].append("x"), "could not convert string"),
+        (lambda raw: raw["similarity"][1].append("x"), "similarity is 'x'; it must be a number"),
         (lambda raw: raw.update(similarity=[[float("nan")] * 10]), "not finite"),
         (lambda raw: raw.update(demanding_layers=[9]), "demanding_layers names layer 9"),
         (lambda raw: raw.update(schedule=[[1, 0]]), r"sizes\[0\] is \(1, 0\)"),
