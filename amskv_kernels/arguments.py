@@ -30,6 +30,8 @@ def whole_number(name: str, value: object, least: int, most: int | None = None) 
 
 def real_number(name: str, value: object) -> float:
     """`value` as a float, NumPy's too, or a TypeError naming the argument."""
+    if type(value) is float:  # the usual one; an abstract class asks around
+        return value
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} is {shown(value)}; it must be a number")
     return float(value)

@@ -74,7 +74,7 @@ def test_portable_random(seed):
 
 @pytest.fixture
 def needs_hopper():
-    if (reason := hopper.unavailable("cuda", forced=True)) is not None:
+    if (reason := hopper.unavailable(torch.device("cuda"), forced=True)) is not None:
         pytest.skip(reason)
 
 
