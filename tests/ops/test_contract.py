@@ -167,14 +167,6 @@ def test_nothing_is_registered_after_the_import():
 ROWS = [
     ("attn", "q"), ("attn", "k"), ("attn", "v"), ("append", "k"), ("append", "v"), ("compact", "k"), ("compact", "v"),
 ]  # fmt: skip
-    ("attn", "q"),
-    ("attn", "k"),
-    ("attn", "v"),
-    ("append", "k"),
-    ("append", "v"),
-    ("compact", "k"),
-    ("compact", "v"),
-]
 
 
 @pytest.mark.parametrize(("name", "row"), ROWS)
