@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from zlib import crc32
 
+import large_logits
 import pytest
 import torch
 from attn_cases import Case, make, sdpa_error
@@ -123,6 +124,17 @@ def test_attn_in_shares(forced, on_gpu, monkeypatch, case):
     on_gpu(90, 10_000)
     monkeypatch.setattr(tiles, "SHARE_TILES", 1)
     check_attn(make(case, seed_of(case)), case)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
+@pytest.mark.parametrize("case", [SMALL[2], LARGE[1], LARGE[4], LARGE[6]], ids=str)
+def test_attn_with_logits_of_every_size(forced, case, dtype):
+    """The interpreter fuses no multiplication with an addition, as a GPU does: tests/gpu has the same test."""
+    args = make(replace(case, dtype=dtype), seed_of(case))
+    large_logits.enlarge(args[0], args[1], args[3], seed=1)
+    truth = reference.attn(*args[:3], args[3].clone(), *args[4:])
+    large_logits.check(*torch.ops.amskv.attn(*args), *truth, float(args[2].abs().max()))
 
 
 @interpreted

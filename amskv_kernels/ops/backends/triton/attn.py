@@ -24,6 +24,7 @@ from torch import Tensor
 
 from amskv_kernels.ops.backends.triton.attn_packed import attn_packed_kernel
 from amskv_kernels.ops.backends.triton.common import (
+    NO_SHIFT,
     SLOT_BLOCK,
     SLOT_MASK,
     Start,
@@ -33,6 +34,8 @@ from amskv_kernels.ops.backends.triton.common import (
     padded,
     page_offset,
     product,
+    scale_of,
+    shift_of,
     store_page,
     table_strides,
 )  # fmt: skip
@@ -86,7 +89,7 @@ def key_rows(
 
 @triton.jit
 def attend_tile(
-    b_q, b_acc, b_sum, b_max, b_pk, b_pv, b_there, scale_log2,
+    b_q, b_acc, b_sum, b_shift, b_pk, b_pv, b_there, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of online softmax, in powers of two; MASKED if some of the tile's rows may not be there."""
@@ -106,18 +109,18 @@ def attend_tile(
     b_s = product(b_q, tl.trans(b_k), tl.zeros([b_q.shape[0], b_k.shape[0]], tl.float32))  # [BM, BN]
     if MASKED:
         b_s = tl.where(b_there[None, :], b_s, float("-inf"))
-    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
-    b_ref = tl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new  # no key yet: −inf − −inf is NaN
-    b_p = tl.exp2(b_s * scale_log2 - b_ref[:, None])
-    b_decay = tl.exp2(b_max - b_ref)
+    b_new = tl.maximum(b_shift, shift_of(tl.max(b_s, 1), scale_log2))
+    b_decay = tl.exp2(b_shift - b_new)
+    b_acc = b_acc * b_decay[:, None]
+    b_p = tl.exp2(b_s * scale_of(b_new, scale_log2)[:, None] - b_new[:, None])
     b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-    b_acc = product(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None])
+    b_acc = product(b_p.to(b_v.dtype), b_v, b_acc)
     return b_acc, b_sum, b_new
 
 
 @triton.jit
 def attend_tiles(
-    start, end, tiles_h, first_h, first_c, b_q, b_acc, b_sum, b_max,
+    start, end, tiles_h, first_h, first_c, b_q, b_acc, b_sum, b_shift,
     p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_slots, S, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, PS: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -131,8 +134,8 @@ def attend_tiles(
         i_t = tl.where(history, i + first_h, i - tiles_h + first_c)
         b_pk, b_pv, b_row = key_rows(i_t, history, slot, p_k, p_v, stride_kn, stride_vn, n, pages, page0, D, PS, BN)
         slot = tile_slots(i + 1 + first_h, i + 1 < tiles_h, p_slots, S, PS, BN)
-        b_acc, b_sum, b_max = attend_tile(b_q, b_acc, b_sum, b_max, b_pk, b_pv, b_row, scale_log2, D, BD, MASKED)
-    return b_acc, b_sum, b_max
+        b_acc, b_sum, b_shift = attend_tile(b_q, b_acc, b_sum, b_shift, b_pk, b_pv, b_row, scale_log2, D, BD, MASKED)
+    return b_acc, b_sum, b_shift
 
 
 @triton.jit
@@ -146,18 +149,18 @@ def attend_range(
         full_h, full_c = full_tiles(p_slots, S, PS, BN), n // BN
     b_acc = tl.zeros([BM, BD], tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
-    b_max = tl.full([BM], float("-inf"), tl.float32)
+    b_shift = tl.full([BM], NO_SHIFT, tl.float32)
     if FULL_FIRST:
-        b_acc, b_sum, b_max = attend_tiles(
-            start, tl.minimum(end, full_h + full_c), full_h, 0, 0, b_q, b_acc, b_sum, b_max,
+        b_acc, b_sum, b_shift = attend_tiles(
+            start, tl.minimum(end, full_h + full_c), full_h, 0, 0, b_q, b_acc, b_sum, b_shift,
             p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_slots, S, scale_log2, D, BD, PS, BN, False,
         )  # fmt: skip
         start = tl.maximum(start, full_h + full_c)
-    b_acc, b_sum, b_max = attend_tiles(
-        start - full_h - full_c, end - full_h - full_c, tiles_h - full_h, full_h, full_c, b_q, b_acc, b_sum, b_max,
+    b_acc, b_sum, b_shift = attend_tiles(
+        start - full_h - full_c, end - full_h - full_c, tiles_h - full_h, full_h, full_c, b_q, b_acc, b_sum, b_shift,
         p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_slots, S, scale_log2, D, BD, PS, BN, True,
     )  # fmt: skip
-    return b_acc, b_sum, b_max
+    return b_acc, b_sum, b_shift
 
 
 @triton.jit(do_not_specialize=NO_SPECIAL)
@@ -200,11 +203,11 @@ def attn_kernel(
         share = tl.cdiv(end, splits)
         start = i_split * share
         end = tl.minimum(start + share, end)
-    b_acc, b_sum, b_max = attend_range(
+    b_acc, b_sum, b_shift = attend_range(
         start, end, tiles_h, b_q, p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_read, S, scale_log2,
         D, BD, PS, BM, BN, FULL_FIRST,
     )  # fmt: skip
-    b_acc, b_lse = finished(b_acc, b_sum, b_max)
+    b_acc, b_lse = finished(b_acc, b_sum, b_shift, scale_log2)
     heads = kv_heads * G
     p_out = out + i_out * n * heads * D + ((o_n * heads + o_g).to(tl.int64) * D)[:, None] + o_d[None, :]
     tl.store(p_out, b_acc.to(out.dtype.element_ty), mask=b_in)
