@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-smoke shootout readme kernel-report gpu-test gpu-session tune native native-report wheel clean
+.PHONY: help demo test lint format bench bench-smoke shootout readme kernel-report gpu-test gpu-session tune native native-report wheel sdist-check clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ native-report: native  ## registers, spills and instructions of the CUDA library
 
 wheel: $(VENV)/ready  ## one wheel for every Python and torch, tested in a clean environment (CUDA=pip fetches nvcc)
 	AMSKV_CUDA=$(CUDA) $(BIN)/python tools/make_wheel.py
+
+sdist-check: $(VENV)/ready  ## the source archive, tried in empty environments (PYTHONS="python3.10 python3.12")
+	$(BIN)/python -m tools.make_sdist --try $(or $(PYTHONS),$(PYTHON))
 
 clean:  ## remove what was built, the virtual environment too
 	rm -rf $(VENV) build dist demo-out *.egg-info

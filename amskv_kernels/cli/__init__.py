@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
+    for name, value in vars(arguments).items():
+        if value == []:  # what argparse makes of "--name=--"
+            parser.error(f"argument --{name}: expected one argument")
     if arguments.command is None:
         parser.print_help()
         return 0

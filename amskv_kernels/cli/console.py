@@ -36,11 +36,12 @@ def run(main: Callable[[], int | None]) -> int:
 
 def _prepare() -> None:
     """Streams that take any text; a process without them gets ones that take it nowhere."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+    for name, errors in (("stdout", "replace"), ("stderr", "backslashreplace")):
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for the process's life
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def _code_of(main: Callable[[], int | None]) -> int:

@@ -1,0 +1,149 @@
+"""The console as users have it: any encoding, closed pipes and streams, Ctrl-C; a process with a life of its own."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from amskv_kernels.cli import console, main
+
+ROOT = Path(__file__).parents[2]
+PLAN = ("-m", "amskv_kernels", "plan", "--model", "var-d16", "--policy", "ams-kv:75")
+
+
+def amskv(*arguments, **options):
+    environment = {**os.environ, **options.pop("env", {})}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, timeout=120, **options
+    )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8", "utf-16"])
+def test_consoles_of_any_encoding(encoding):
+    done = amskv(*PLAN, env={"PYTHONIOENCODING": encoding}, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "retained" in done.stdout.decode(encoding)
+
+
+@pytest.mark.parametrize("arguments", [["doctor"], ["--help"], ["plan", "--help"], ["calibrate", "--help"]])
+def test_every_screen_on_an_ascii_console(monkeypatch, arguments):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(arguments) == 0
+    assert stream.buffer.getvalue()
+
+
+def test_errors_on_an_ascii_console():
+    done = amskv("-m", "amskv_kernels", "plan", "--model", "é…", "--policy", "full", env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"amskv: model '\\xe9\\u2026' is not known")
+
+
+@pytest.mark.parametrize("command", [["plan", "--model", "var-d16", "--policy", "full"], ["plan"], ["doctor"]])
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_process_without_a_stream(monkeypatch, capsys, stream, command):
+    expected = main(command)
+    monkeypatch.setattr(sys, stream, None)
+    assert main(command) == expected
+
+
+def test_a_reader_that_leaves_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = amskv(*PLAN, "--json", stdout=write)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_full_disk_behind_the_console_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = amskv(*PLAN, stdout=full)
+    assert done.returncode in (1, 2)  # found while printing, or when the buffer is written at the end
+    assert done.stderr.endswith(b"No space left on device\n")
+    assert done.stderr.count(b"\n") == 1
+
+
+WAITING = """
+import sys, time
+from amskv_kernels.cli import console
+def main():
+    print("ready", flush=True)
+    time.sleep(60)
+sys.exit(console.run(main))
+"""
+
+
+def test_an_interrupt_is_quiet():
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as child:
+        assert child.stdout.readline() == b"ready\n"
+        time.sleep(0.1)
+        child.send_signal(signal.SIGINT)
+        _, error = child.communicate(timeout=60)
+    assert (child.returncode, error) == (130, b"")
+
+
+def raising(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("what", "code"),
+    [
+        (lambda: None, 0),
+        (lambda: 3, 3),
+        (lambda: raising(SystemExit), 0),
+        (lambda: raising(SystemExit(4)), 4),
+        (lambda: raising(SystemExit("told")), 1),
+        (lambda: raising(KeyboardInterrupt), 130),
+        (lambda: raising(BrokenPipeError(32, "Broken pipe")), 141),
+    ],
+)
+def test_exit_codes(capfd, what, code):
+    assert console.run(what) == code
+    assert capfd.readouterr().err == ("told\n" if code == 1 else "")
+
+
+def test_other_errors_are_their_callers():
+    with pytest.raises(FileNotFoundError):
+        console.run(lambda: open("no such file"))  # noqa: SIM115
+    with pytest.raises(ZeroDivisionError):
+        console.run(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["benchmarks", "benchmarks.report.readme", "examples.digits.demo", "examples.digits.evaluate",
+     "examples.digits.shootout", "examples.digits.train", "tools.gpu_session", "tools.kernel_report",
+     "tools.make_sdist", "tools.tune"],
+)  # fmt: skip
+def test_every_command_goes_through_the_console(module):
+    path = ROOT / module.replace(".", "/")
+    source = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    assert "sys.exit(console.run(" in source.read_text(encoding="utf-8").split('if __name__ == "__main__":')[1]
+
+
+FOREIGN = """
+import matplotlib
+matplotlib.use("svg")
+from matplotlib import pyplot
+own = pyplot.figure()
+from amskv_kernels.cli import main, plots
+assert main(["plan", "--model", "var-d16", "--policy", "full", "--plot", sys.argv[1] + "/plan.png"]) == 0
+assert matplotlib.get_backend() == "svg"
+assert pyplot.get_fignums() == [1] and pyplot.gcf() is own
+"""
+
+
+def test_a_process_keeps_its_own_matplotlib(tmp_path):
+    done = amskv("-c", f"import sys\n{FOREIGN}", str(tmp_path), stdout=subprocess.DEVNULL)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "plan.png").read_bytes()[:4] == b"\x89PNG"
