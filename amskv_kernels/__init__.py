@@ -13,9 +13,11 @@ from amskv_kernels.policies import (
     PyramidKV,
     Recent,
     ScaleKV,
+    Share,
     Sink,
     SlidingWindow,
     SnapKV,
+    Tokens,
     parse_policy,
 )
 from amskv_kernels.schedule import ScaleSchedule
@@ -34,9 +36,11 @@ __all__ = [
     "Recent",
     "ScaleKV",
     "ScaleSchedule",
+    "Share",
     "Sink",
     "SlidingWindow",
     "SnapKV",
+    "Tokens",
     "__version__",
     "backend",
     "debug",

@@ -29,12 +29,18 @@ def whole_number(name: str, value: object, least: int, most: int | None = None) 
 
 
 def real_number(name: str, value: object) -> float:
-    """`value` as a float, NumPy's too, or a TypeError naming the argument."""
-    if type(value) is float:  # the usual one; an abstract class asks around
-        return value
+    """`value` as a float, NumPy's too, or an error naming the argument.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is beyond what a float can be.
+    """
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} is {shown(value)}; it must be a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} is {shown(value)}; it must be a number that a float can hold") from error
 
 
 def one_of(name: str, value: object, choices: tuple[int, ...]) -> None:

@@ -7,12 +7,12 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from amskv_kernels.arguments import real_number
+from amskv_kernels.arguments import real_number, shown
 from amskv_kernels.schedule import ScaleSchedule
 
 T = TypeVar("T")
@@ -176,13 +176,34 @@ def check_writable(path: str | Path) -> None:
         raise ValueError(f"{shown} cannot be written: {reason(error)}") from error
 
 
-def finite_table(name: str, raw: Any, columns: int) -> tuple[tuple[float, ...], ...]:
+def finite_number(name: str, raw: object) -> float:
+    """`raw` as a float, or an error naming it.
+
+    Raises:
+        TypeError: no number.
+        ValueError: it is not finite.
+    """
+    if not math.isfinite(number := real_number(name, raw)):
+        raise ValueError(f"{name} is {number}; it must be finite")
+    return number
+
+
+def finite_table(name: str, raw: Any, columns: int | None = None) -> tuple[tuple[float, ...], ...]:
     """`raw` as a table of finite numbers, one row per layer.
 
     Raises:
+        TypeError: no table, or one of something else.
         ValueError: no row, a row of another length, or a number that is not finite.
     """
-    table = tuple(tuple(real_number(name, x) for x in row) for row in raw)
+    if not isinstance(raw, Iterable) or isinstance(raw, str | bytes):
+        raise TypeError(f"{name} is {shown(raw)}; it must be a table of numbers, one row per layer")
+    rows = tuple(raw)
+    for row in rows:
+        if not isinstance(row, Iterable) or isinstance(row, str | bytes):
+            raise TypeError(f"{name} has a row {shown(row)}; it must be a table of numbers, one row per layer")
+    table = tuple(tuple(real_number(name, x) for x in row) for row in rows)
+    if columns is None:
+        columns = len(table[0]) if table else 0
     if not table or any(len(row) != columns for row in table):
         raise ValueError(f"{name} must have {columns} entries, one per scale, in each of one or more layers")
     if not all(math.isfinite(x) for row in table for x in row):

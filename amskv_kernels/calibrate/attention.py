@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from amskv_kernels.models.attention import Attention
+from amskv_kernels.policies.drafters import Drafters, check_top, choose_drafters
 from amskv_kernels.policies.heads import HeadOrders
-from amskv_kernels.policies.tokens import Drafters, choose_drafters
 from amskv_kernels.schedule import ScaleSchedule
 
 
@@ -104,6 +104,7 @@ class AttentionRecorder:
 
     def check_count(self, count: int | None) -> None:
         """Raise ValueError for a `count` that `drafters` would refuse, before anything is measured."""
+        check_top(self.top, self.schedule)
         choose_drafters([[0.0] * len(self.schedule)] * len(self._keys), count, self._first)
 
     @property

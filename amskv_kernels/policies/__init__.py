@@ -1,10 +1,12 @@
 """Cache policies: which earlier scales, or tokens, a layer or a head keeps."""
 
 from amskv_kernels.policies.base import HeadPolicy, Policy, Selection, TokenPolicy
+from amskv_kernels.policies.budgets import Share, Tokens
 from amskv_kernels.policies.calibration import Calibration
+from amskv_kernels.policies.drafters import Drafters
 from amskv_kernels.policies.heads import HeadOrders, HeatKV
 from amskv_kernels.policies.parse import PUBLISHED_SAVINGS, parse_policy
-from amskv_kernels.policies.tokens import H2O, Drafters, PyramidKV, Recent, ScaleKV, SnapKV
+from amskv_kernels.policies.tokens import H2O, PyramidKV, Recent, ScaleKV, SnapKV
 from amskv_kernels.policies.whole_scale import AMSKV, AMSKVCapacity, Full, Sink, SlidingWindow
 
 __all__ = [
@@ -23,9 +25,11 @@ __all__ = [
     "Recent",
     "ScaleKV",
     "Selection",
+    "Share",
     "Sink",
     "SlidingWindow",
     "SnapKV",
     "TokenPolicy",
+    "Tokens",
     "parse_policy",
 ]

@@ -9,12 +9,34 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
-from amskv_kernels.arguments import whole_number
-from amskv_kernels.schedule import ScaleSchedule
+from amskv_kernels.arguments import real_number, shown, whole_number
+from amskv_kernels.files import check_fits
+from amskv_kernels.schedule import MOST_TOKENS, ScaleSchedule
 
 Observers = Literal["grid", "last", "all", "none"]
+Layers = tuple[int, ...]
+
+MOST_LAYERS = 2**16  # beyond every model, and few enough to list
+MOST_KERNEL = 2**20 - 1  # keys that a score may be pooled over
+
+
+@dataclass(frozen=True)
+class MadeFor:
+    """The model that a policy's settings were found for."""
+
+    schedule: ScaleSchedule
+    num_layers: int
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raise ValueError where the depth is another one."""
+        check_fits("the policy", self.schedule.sizes, self.num_layers, self.schedule, num_layers)
+
+    def check(self, schedule: ScaleSchedule, num_layers: int) -> None:
+        """Raise ValueError where it is another one."""
+        check_fits("the policy", self.schedule.sizes, self.num_layers, schedule, num_layers)
 
 
 class Policy(ABC):
@@ -69,10 +91,14 @@ class Selection:
         pool: smooths the scores along the row of keys with a window of `kernel`.
         kernel: odd.
         accumulate: a key's scores of all steps are added up, not only the current one's.
-        recent: share of the kept tokens that are the most recent ones, whatever their score.
+        recent: share of the kept tokens that are the most recent ones, whatever their score; of "none" all are.
         first: this many of the first tokens always stay.
 
     The observers of "grid" and "last" always stay themselves, and are not scored.
+
+    Raises:
+        TypeError: `recent` is no number.
+        ValueError: a field out of range, or `accumulate` where not every query observes.
     """
 
     observers: Observers
@@ -84,6 +110,27 @@ class Selection:
     accumulate: bool = False
     recent: float = 0.0
     first: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("observers", ("grid", "last", "all", "none")), ("score", ("softmax", "sum_logits")),
+            ("pool", (None, "max", "mean")), ("raw_queries", (False, True)), ("accumulate", (False, True)),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, str | bool | None) or value not in choices:
+                raise ValueError(f"{name} is {shown(value)}; it must be one of {', '.join(map(repr, choices))}")
+        whole_number("window", self.window, 1, MOST_TOKENS)
+        if whole_number("kernel", self.kernel, 1, MOST_KERNEL) % 2 == 0:
+            raise ValueError(f"kernel is {self.kernel}; it must be odd, so that a window has a middle")
+        if not 0 <= real_number("recent", self.recent) <= 1:
+            raise ValueError(f"recent is {shown(self.recent)}; it must be within 0 … 1, a share of the kept tokens")
+        whole_number("first", self.first, 0, MOST_TOKENS)
+        if self.accumulate and (self.observers != "all" or self.raw_queries):
+            raise ValueError("accumulate adds up what every query pays: observers must be 'all', raw_queries False")
+        if self.observers == "none" and self.recent:
+            raise ValueError(
+                "recent is not 0 where nothing is scored: all that is kept beside the first tokens is recent"
+            )
 
     def observing(self, size: tuple[int, int]) -> tuple[int, ...]:
         """Positions of the observers in a map of `size` (h, w); a map with fewer tokens observes with all of them."""
@@ -102,14 +149,14 @@ class Selection:
             ValueError: `kept` has no room for them.
         """
         total = held + size[0] * size[1]
-        if self.observers in ("grid", "last"):
-            always = tuple(held + i for i in self.observing(size))
-        else:
-            recent = kept - self.first if self.observers == "none" else round(self.recent * kept)
-            always = tuple(sorted({*range(self.first), *range(total - recent, total)}))
-        if len(always) > kept:
-            raise ValueError(f"a budget of {kept} tokens cannot hold the {len(always)} that are always kept")
-        return always
+        recent = max(0, kept - self.first) if self.observers == "none" else round(self.recent * kept)
+        observing = self.observing(size) if self.observers in ("grid", "last") else ()
+        if max(self.first, len(observing)) <= kept:
+            last = range(total - recent, total)
+            always = tuple(sorted({*range(min(self.first, total)), *last, *(held + i for i in observing)}))
+            if len(always) <= kept:
+                return always
+        raise ValueError(f"a budget of {kept} tokens cannot hold the tokens that are always kept")
 
 
 class TokenPolicy(Policy):
@@ -142,20 +189,29 @@ def _centres(side: int, patches: int = 4) -> tuple[int, ...]:
     return tuple(i * part + (part - 1) // 2 for i in range(count))
 
 
-def layer_set(name: str, layers: object) -> tuple[int, ...]:
+def set_fields(frozen: object, **fields: object) -> None:
+    """Give a frozen dataclass its checked fields, from its own `__post_init__`."""
+    for name, value in fields.items():
+        object.__setattr__(frozen, name, value)
+
+
+def layer_numbers(name: str, layers: object) -> Layers:
+    """`layers` as a tuple of layer numbers, in their order, or a ValueError naming the argument."""
+    if not isinstance(layers, Iterable) or isinstance(layers, str | bytes):
+        raise ValueError(f"{name} is {shown(layers)}; it must be a sequence of layer numbers")
+    return tuple(whole_number(f"each of {name}", number, 0) for number in islice(layers, MOST_LAYERS))
+
+
+def layer_set(name: str, layers: object) -> Layers:
     """`layers` as an ascending tuple of distinct layer numbers, or a ValueError naming the argument."""
-    if not isinstance(layers, Iterable):
-        raise ValueError(f"{name} is {layers!r}; it must be a sequence of layer numbers")
-    numbers = tuple(layers)
-    for number in numbers:
-        whole_number(f"each of {name}", number, 0)
+    numbers = layer_numbers(name, layers)
     if len(set(numbers)) != len(numbers):
-        raise ValueError(f"{name} is {numbers!r}; no layer may stand in it twice")
+        raise ValueError(f"{name} is {shown(numbers)}; no layer may stand in it twice")
     return tuple(sorted(numbers))
 
 
-def check_layers_exist(name: str, layers: tuple[int, ...], num_layers: int) -> None:
+def check_layers_exist(name: str, layers: Layers, num_layers: int) -> None:
     """ValueError when one of `layers` is not below `num_layers`."""
     beyond = [layer for layer in layers if layer >= num_layers]
     if beyond:
-        raise ValueError(f"{name} names layer {beyond[0]}; this model has layers 0 … {num_layers - 1}")
+        raise ValueError(f"{name} names layer {shown(beyond[0])}; this model has layers 0 … {num_layers - 1}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from amskv_kernels.arguments import real_number, whole_number
-from amskv_kernels.files import check_fits, finite_table, read_fields, write_json
-from amskv_kernels.policies.base import check_layers_exist, layer_set
+from amskv_kernels.arguments import instance_of, whole_number
+from amskv_kernels.files import check_fits, finite_number, finite_table, read_fields, write_json
+from amskv_kernels.policies.base import check_layers_exist, layer_set, set_fields
 from amskv_kernels.schedule import ScaleSchedule
 
 FORMAT = "amskv-similarity-1"
@@ -25,6 +25,10 @@ class Calibration:
         theta: the threshold they lie below.
         images: how many images were measured.
         model: a name for people.
+
+    Raises:
+        TypeError: a field of another type.
+        ValueError: a field out of range, or a similarity that is not finite; names the field.
     """
 
     schedule: tuple[tuple[int, int], ...]
@@ -33,6 +37,15 @@ class Calibration:
     theta: float
     images: int
     model: str = "unnamed"
+
+    def __post_init__(self) -> None:
+        sizes = ScaleSchedule(self.schedule).sizes
+        table = finite_table("similarity", self.similarity, len(sizes))
+        demanding = layer_set("demanding_layers", self.demanding_layers)
+        check_layers_exist("demanding_layers", demanding, len(table))
+        theta, images = finite_number("theta", self.theta), whole_number("images", self.images, 0)
+        instance_of("model", self.model, str)
+        set_fields(self, schedule=sizes, similarity=table, demanding_layers=demanding, theta=theta, images=images)
 
     @property
     def num_layers(self) -> int:
@@ -60,12 +73,8 @@ class Calibration:
 
     @classmethod
     def _parse(cls, raw: dict) -> Calibration:
-        sizes = ScaleSchedule(raw["schedule"]).sizes
-        similarity = finite_table("similarity", raw["similarity"], len(sizes))
-        demanding = layer_set("demanding_layers", raw["demanding_layers"])
-        check_layers_exist("demanding_layers", demanding, len(similarity))
-        theta, images = real_number("theta", raw["theta"]), whole_number("images", raw["images"], 0)
-        return cls(sizes, similarity, demanding, theta, images, str(raw["model"]))
+        fields = ("schedule", "similarity", "demanding_layers", "theta", "images", "model")
+        return cls(*(raw[field] for field in fields))
 
     def check_fits(self, schedule: ScaleSchedule, num_layers: int) -> None:
         """Raise ValueError when the calibration was made for another depth or schedule."""

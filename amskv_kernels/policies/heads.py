@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from amskv_kernels.arguments import instance_of, real_number, whole_number
-from amskv_kernels.files import MISTAKES, check_fits, read_json, reason, write_json
-from amskv_kernels.policies.base import HeadPolicy
+from amskv_kernels.arguments import instance_of, real_number, shown, whole_number
+from amskv_kernels.files import MISTAKES, check_fits, finite_table, read_json, reason, write_json
+from amskv_kernels.policies.base import HeadPolicy, set_fields
+from amskv_kernels.policies.budgets import ROUNDING, Share, Tokens, budget_mean
 from amskv_kernels.schedule import ScaleSchedule
 
 FORMAT = "amskv-head-orders-1"
@@ -29,6 +30,10 @@ class HeadOrders:
         schedule: the (h, w) sizes measured on; None in files that do not say.
         images: how many images were measured; 0 in files that do not say.
         model: a name for people.
+
+    Raises:
+        TypeError: a field of another type.
+        ValueError: a field out of range, or no order at all; names the field.
     """
 
     orders: tuple[tuple[HeadOf, ...], ...]
@@ -36,21 +41,43 @@ class HeadOrders:
     images: int = 0
     model: str = "unnamed"
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.orders, Iterable):
+            raise TypeError(f"orders is {shown(self.orders)}; it must be [head, layer] pairs for each source scale")
+        orders = tuple(_order(i, order) for i, order in enumerate(self.orders))
+        if not orders or not all(orders):
+            raise ValueError("the order is empty")
+        sizes = None if self.schedule is None else ScaleSchedule(self.schedule).sizes
+        images = whole_number("images", self.images, 0)
+        instance_of("model", self.model, str)
+        set_fields(self, orders=orders, schedule=sizes, images=images)
+
     @classmethod
     def from_scores(
         cls, scores: Sequence[Sequence[Sequence[float]]], schedule: ScaleSchedule, protected: int = 3,
         images: int = 0, model: str = "unnamed",
     ) -> HeadOrders:  # fmt: skip
-        """Orders from S-CAS: (L, H, K) mean attention that a head pays to a scale while later ones are drawn."""
+        """Orders from S-CAS: (L, H, K) mean attention that a head pays to a scale while later ones are drawn.
+
+        Raises:
+            TypeError: a schedule of another type, or scores that are no numbers.
+            ValueError: scores that are not finite or not (L, H, K), or as many protected scales as are read later.
+        """
+        instance_of("schedule", schedule, ScaleSchedule)
         whole_number("protected", protected, 0)
         if len(schedule) - 1 <= protected:
             raise ValueError(
-                f"protected is {protected}; schedule {schedule.name} has {len(schedule) - 1} earlier scales"
+                f"protected is {shown(protected)}; schedule {schedule.name} has {len(schedule) - 1} earlier scales"
             )
-        pairs = [(head, layer) for head in range(len(scores[0])) for layer in range(len(scores))]
+        if not isinstance(scores, Iterable) or not (layers := tuple(scores)):
+            raise ValueError(f"scores is {shown(scores)}; it must be a table of numbers (L, H, K)")
+        tables = [finite_table(f"scores[{i}]", layer, len(schedule)) for i, layer in enumerate(layers)]
+        if len({len(table) for table in tables}) != 1:
+            raise ValueError("scores has layers of different head counts; it must be a table of numbers (L, H, K)")
+        pairs = [(head, layer) for head in range(len(tables[0])) for layer in range(len(tables))]
         return cls(
             tuple(
-                tuple(sorted(pairs, key=lambda pair: (scores[pair[1]][pair[0]][scale], pair)))
+                tuple(sorted(pairs, key=lambda pair: (tables[pair[1]][pair[0]][scale], pair)))
                 for scale in range(protected, len(schedule) - 1)
             ),
             schedule.sizes, images, model,
@@ -72,16 +99,8 @@ class HeadOrders:
         raw = read_json(path, "head order")
         fields: dict[str, Any] = raw if isinstance(raw, dict) else {"orders": raw}
         try:
-            orders = tuple(
-                tuple((whole_number("head", head, 0), whole_number("layer", layer, 0)) for head, layer in order)
-                for order in fields["orders"]
-            )
-            if not orders or not all(orders):
-                raise ValueError("the order is empty")
-            sizes = fields.get("schedule")
-            schedule = None if sizes is None else ScaleSchedule(sizes).sizes
-            images = whole_number("images", fields.get("images", 0), 0)
-            return cls(orders, schedule, images, str(fields.get("model", Path(path).stem)))
+            named = {"model": Path(path).stem} | {k: fields[k] for k in ("schedule", "images", "model") if k in fields}
+            return cls(fields["orders"], **named)
         except MISTAKES as error:
             raise ValueError(
                 f"head order {path} is corrupt: {reason(error)}; it must hold a list of [head, layer] pairs per source "
@@ -103,6 +122,17 @@ class HeadOrders:
                 )
 
 
+def _order(scale: int, pairs: Any) -> tuple[HeadOf, ...]:
+    """The (head, layer) pairs of one source scale, checked."""
+    found = []
+    for pair in pairs if isinstance(pairs, Iterable) else (pairs,):
+        members = tuple(pair) if isinstance(pair, Iterable) else ()
+        if len(members) != 2:
+            raise ValueError(f"orders[{scale}] has {shown(pair)}; each must be two whole numbers [head, layer]")
+        found.append((whole_number("head", members[0], 0), whole_number("layer", members[1], 0)))
+    return tuple(found)
+
+
 @dataclass(frozen=True, eq=False)
 class HeatKV(HeadPolicy):
     """HeatKV (arXiv 2605.14877): under a cap on all heads together, those that need a scale least drop it first.
@@ -112,22 +142,22 @@ class HeatKV(HeadPolicy):
     together with those that have not had their turn, the last layers drop early what they drop at this step anyway.
 
     Args:
-        budget: share of the tokens of all scales but the last, in (0, 1].
+        budget: `Tokens`, a `Share`, or, as the paper counts, the share of the tokens of all scales but the last.
         orders: see `HeadOrders`; the scales before its first are protected.
 
     Raises:
-        TypeError: a budget that is no number, or orders of another type.
-        ValueError: a budget outside (0, 1]; later, orders of another model, or a budget without room for the
+        TypeError: a budget that is none, or orders of another type.
+        ValueError: a share outside (0, 1]; later, orders of another model, or a budget without room for the
             protected scales.
     """
 
-    budget: float
+    budget: Tokens | Share | float
     orders: HeadOrders
 
     def __post_init__(self) -> None:
         instance_of("orders", self.orders, HeadOrders)
-        if not 0 < real_number("budget", self.budget) <= 1:
-            raise ValueError(f"budget is {self.budget!r}; it must be above 0 and at most 1")
+        if not isinstance(self.budget, Tokens | Share) and not 0 < real_number("budget", self.budget) <= 1:
+            raise ValueError(f"budget is {shown(self.budget)}; it must be above 0 and at most 1")
         object.__setattr__(self, "_reads", {})
 
     def __repr__(self) -> str:
@@ -141,12 +171,17 @@ class HeatKV(HeadPolicy):
                 f"the head order covers {len(self.orders.orders)} source scales; schedule {schedule.name} has "
                 f"{len(schedule) - 1} that are read later"
             )
-        kept = sum(schedule.tokens[:protected])
-        if self.budget * schedule.prefix < kept:
+        kept, cap = sum(schedule.tokens[:protected]), self.cap(schedule)
+        if cap + ROUNDING < kept:
             raise ValueError(
-                f"budget is {self.budget:g} of {schedule.prefix} tokens; it must hold the {kept} tokens of the "
-                f"{protected} protected scales, at least {kept / schedule.prefix:.4f}"
+                f"budget is {self.budget!r}, {cap:.4g} of {schedule.prefix} tokens; it must hold the {kept} tokens of "
+                f"the {protected} protected scales"
             )
+
+    def cap(self, schedule: ScaleSchedule) -> float:
+        """Tokens that may be held per head and layer, on the mean over all."""
+        budget = self.budget
+        return budget_mean(budget if isinstance(budget, Tokens | Share) else float(budget), schedule)
 
     def visible_to(self, schedule: ScaleSchedule, layer: int, head: int, step: int) -> tuple[int, ...]:
         reads = self._schedule_reads(schedule)
@@ -156,7 +191,7 @@ class HeatKV(HeadPolicy):
         """How many of the heads drop each unprotected scale after `step` (x_t)."""
         heads = len(self.orders.orders[0]) if self.orders.orders else 0
         held = schedule.offsets[step] + schedule.tokens[step]
-        cap, protected = self.budget * schedule.prefix, self._protected(schedule)
+        cap, protected = self.cap(schedule), self._protected(schedule)
         if held <= cap:
             return 0
         return min(heads, math.ceil(heads * (held - cap) / (held - sum(schedule.tokens[:protected]))))
@@ -199,7 +234,7 @@ class HeatKV(HeadPolicy):
         """What must go before its layer's turn at this step, so that the cap holds after every layer."""
         tokens, num_layers = schedule.tokens, len(going)
         heads = len(self.orders.orders[0]) // num_layers if self.orders.orders else 0
-        cap = self.budget * schedule.prefix * num_layers * heads
+        cap = self.cap(schedule) * num_layers * heads
         total = sum(tokens[scale] for _, _, scale in held if scale < step)
         waiting: Iterator[tuple[int, int, int]] = (
             entry
@@ -217,7 +252,7 @@ class HeatKV(HeadPolicy):
                 entry = next(waiting, None)
                 if entry is None or entry[0] <= layer:
                     raise ValueError(
-                        f"budget {self.budget:g} is too small for schedule {schedule.name}: at step {step} the cap is "
+                        f"budget {self.budget!r} is too small for schedule {schedule.name}: at step {step} the cap is "
                         f"exceeded after layer {layer}"
                     )
                 early.add(entry)

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 from amskv_kernels.arguments import instance_of
 from amskv_kernels.policies.base import Policy
+from amskv_kernels.policies.budgets import Share, Tokens
 from amskv_kernels.policies.calibration import Calibration
+from amskv_kernels.policies.drafters import Drafters
 from amskv_kernels.policies.heads import HeadOrders, HeatKV
-from amskv_kernels.policies.tokens import H2O, Drafters, PyramidKV, Recent, ScaleKV, SnapKV
+from amskv_kernels.policies.tokens import H2O, PyramidKV, Recent, ScaleKV, SnapKV
 from amskv_kernels.policies.whole_scale import AMSKV, Full, Sink, SlidingWindow
 from amskv_kernels.schedule import ScaleSchedule
 
@@ -22,6 +24,10 @@ PUBLISHED_SAVINGS = {
     "var-d36": (71.29, 75.0, 78.72, 84.83),
     "infinity-2b": (35.6, 71.29, 75.0, 78.72, 84.83),
 }
+
+# What may stand after @ in place of SAVED or KEPT, followed by = and how much; anything else there is a file.
+BUDGETS = ("kept", "saved", "tokens")
+MOST_QUOTED = 200  # letters of a policy in an error message
 
 
 class _Form(NamedTuple):
@@ -33,6 +39,7 @@ class _Form(NamedTuple):
         readers: one per argument: from its text to its value.
         optional: how many of the last arguments may be left out.
         takes_file: whether @ and a file may follow.
+        takes_budget: whether a budget may stand in place of the first argument.
     """
 
     shown: str
@@ -40,14 +47,23 @@ class _Form(NamedTuple):
     readers: tuple[Callable[[str], Any], ...] = ()
     optional: int = 0
     takes_file: bool = False
+    takes_budget: bool = False
 
-    def read(self, arguments: str | None, path: str | None) -> list[Any]:
-        """The values of what stands between the colon and @; None stands for no colon, or no @.
+    def read(self, arguments: str | None, budget: str | None, path: str | None) -> list[Any]:
+        """The values of what stands after the colon, of a budget, and of a file; None stands for none of these.
 
         Raises:
-            ValueError: too many or too few arguments, one that cannot be read, or a file that is not wanted or named.
+            ValueError: too many or too few arguments, one that cannot be read, a budget beside an argument or where
+                none is taken, or a file that is not wanted or named.
         """
         texts = [] if arguments is None else arguments.split(",")
+        readers = self.readers
+        if budget is not None:
+            if not self.takes_budget:
+                raise ValueError("this policy takes no budget")
+            if texts:
+                raise ValueError("the budget is given twice, after the colon and after @")
+            texts, readers = budget.split(","), (_budget, *readers[1:])
         counts = range(len(self.readers) - self.optional, len(self.readers) + 1)
         if "" in texts:
             raise ValueError("an argument is empty")
@@ -57,7 +73,7 @@ class _Form(NamedTuple):
             raise ValueError("this policy takes no file")
         if path == "":
             raise ValueError("no file is named after @")
-        return [read(text) for read, text in zip(self.readers, texts, strict=False)]
+        return [read(text) for read, text in zip(readers, texts, strict=False)]
 
 
 def parse_policy(text: str, schedule: ScaleSchedule, num_layers: int) -> Policy:
@@ -69,31 +85,48 @@ def parse_policy(text: str, schedule: ScaleSchedule, num_layers: int) -> Policy:
             `text`; where that is malformed, it shows the form to write.
     """
     instance_of("policy", text, str)
-    before, at, file = text.partition("@")
+    before, at, after = text.partition("@")
     name, colon, arguments = before.partition(":")
+    quoted = repr(text if len(text) <= MOST_QUOTED else f"{text[:MOST_QUOTED]}…")
     form = _FORMS.get(name)
     if form is None:
-        raise ValueError(f"policy {text!r} is not known; known: {SYNTAX}")
-    path = file if at else None
+        raise ValueError(f"policy {quoted} is not known; known: {SYNTAX}")
+    budget = None
+    if at and after.partition("=")[0] in BUDGETS:
+        budget, at, after = after.partition("@")
+    path = after if at else None
     try:
-        values = form.read(arguments if colon else None, path)
+        values = form.read(arguments if colon else None, budget, path)
     except ValueError as error:
-        raise ValueError(f"policy {text!r}: {error}; write {form.shown}") from error
+        raise ValueError(f"policy {quoted}: {error}; write {form.shown}") from error
     try:
         return form.make(values, path, schedule, num_layers)
     except ValueError as error:
-        raise ValueError(f"policy {text!r}: {error}") from error
+        raise ValueError(f"policy {quoted}: {error}") from error
+
+
+def _budget(text: str) -> Tokens | Share:
+    """What kept=25%, saved=75% or tokens=128 means."""
+    key, equals, amount = text.partition("=")
+    if not equals or key not in BUDGETS:
+        raise ValueError(f"the budget is {text!r}; it must be kept=PERCENT%, saved=PERCENT% or tokens=NUMBER")
+    if key == "tokens":
+        return Tokens(_count(key, 1, amount))
+    if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,15})?%", amount):
+        raise ValueError(f"{key} is {amount!r}; it must be a percentage with its sign, such as 25%")
+    share = float(amount[:-1]) / 100
+    return Share(share) if key == "kept" else Share.saving(share)
 
 
 def _percent(name: str, text: str) -> float:
     """The share that a percentage means."""
-    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) or not 0 < float(text) <= 100:
+    if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,15})?", text) or not 0 < float(text) <= 100:
         raise ValueError(f"{name} is {text!r}; it must be a percentage above 0 and at most 100")
     return float(text) / 100
 
 
 def _count(name: str, least: int, text: str) -> int:
-    if not re.fullmatch(r"[0-9]+", text) or int(text) < least:
+    if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) < least:
         raise ValueError(f"{name} is {text!r}; it must be a whole number ≥ {least}")
     return int(text)
 
@@ -105,12 +138,15 @@ def _mode(text: str) -> str:
 
 
 def _amskv(values: list[Any], path: str | None, schedule: ScaleSchedule, num_layers: int) -> Policy:
+    ranking = None
+    if path is not None:
+        calibration = Calibration.load(path)
+        calibration.check_fits(schedule, num_layers)
+        ranking = calibration.ranking
     [saved] = values
-    if path is None:
-        return AMSKV.for_saving(schedule, num_layers, saved)
-    calibration = Calibration.load(path)
-    calibration.check_fits(schedule, num_layers)
-    return AMSKV.for_saving(schedule, num_layers, saved, ranking=calibration.ranking)
+    if isinstance(saved, Tokens | Share):
+        return AMSKV.for_budget(schedule, num_layers, saved, ranking)
+    return AMSKV.for_saving(schedule, num_layers, saved, ranking)
 
 
 def _scalekv(values: list[Any], path: str | None, schedule: ScaleSchedule, num_layers: int) -> Policy:
@@ -119,7 +155,7 @@ def _scalekv(values: list[Any], path: str | None, schedule: ScaleSchedule, num_l
         return policy
     measured = Drafters.load(path)
     measured.check_fits(schedule, num_layers)
-    return replace(policy, drafters=measured.layers)
+    return replace(policy, drafters=measured)
 
 
 def _heatkv(values: list[Any], path: str | None, schedule: ScaleSchedule, num_layers: int) -> Policy:
@@ -133,7 +169,7 @@ _KEPT = partial(_percent, "KEPT")
 _FORMS = {
     "full": _Form("full", lambda values, *_: Full()),
     "ams-kv": _Form(
-        "ams-kv:SAVED | ams-kv:SAVED@CALIBRATION.json", _amskv, (partial(_percent, "SAVED"),), takes_file=True
+        "ams-kv:SAVED | ams-kv:SAVED@CALIBRATION.json", _amskv, (partial(_percent, "SAVED"),), 0, True, True
     ),
     "sliding": _Form("sliding:LOCAL", lambda values, *_: SlidingWindow(*values), (partial(_count, "LOCAL", 1),)),
     "sink": _Form(
@@ -141,19 +177,21 @@ _FORMS = {
         (partial(_count, "CONDENSED", 1), partial(_count, "LOCAL", 1)),
     ),
     "scalekv": _Form(
-        "scalekv:KEPT | scalekv:KEPT,paper | scalekv:KEPT@ASI.json", _scalekv, (_KEPT, _mode), 1, takes_file=True
+        "scalekv:KEPT | scalekv:KEPT,paper | scalekv:KEPT@ASI.json", _scalekv, (_KEPT, _mode), 1, True, True
     ),
-    "snapkv": _Form("snapkv:KEPT", lambda values, *_: SnapKV(*values), (_KEPT,)),
-    "pyramidkv": _Form("pyramidkv:KEPT", lambda values, *_: PyramidKV(*values), (_KEPT,)),
-    "h2o": _Form("h2o:KEPT", lambda values, *_: H2O(*values), (_KEPT,)),
+    "snapkv": _Form("snapkv:KEPT", lambda values, *_: SnapKV(*values), (_KEPT,), takes_budget=True),
+    "pyramidkv": _Form("pyramidkv:KEPT", lambda values, *_: PyramidKV(*values), (_KEPT,), takes_budget=True),
+    "h2o": _Form("h2o:KEPT", lambda values, *_: H2O(*values), (_KEPT,), takes_budget=True),
     "recent": _Form(
-        "recent:KEPT | recent:KEPT,FIRST", lambda values, *_: Recent(*values), (_KEPT, partial(_count, "FIRST", 0)), 1
+        "recent:KEPT | recent:KEPT,FIRST", lambda values, *_: Recent(*values), (_KEPT, partial(_count, "FIRST", 0)), 1,
+        takes_budget=True,
     ),
-    "heatkv": _Form("heatkv:KEPT@ORDERS.json", _heatkv, (_KEPT,), takes_file=True),
+    "heatkv": _Form("heatkv:KEPT@ORDERS.json", _heatkv, (_KEPT,), 0, True, True),
 }  # fmt: skip
 
 SYNTAX = (
     " | ".join(form.shown for form in _FORMS.values())
     + " (SAVED = percent of all tokens saved, e.g. ams-kv:75; KEPT = percent of the tokens before the last scale kept, "
-    "e.g. scalekv:10)"
+    "e.g. scalekv:10; in place of either, with one meaning for every policy: POLICY@kept=25%, @saved=75%, both of all "
+    "tokens, or @tokens=128 per layer and head, e.g. scalekv@kept=25%,paper or ams-kv@saved=75%@calibration.json)"
 )

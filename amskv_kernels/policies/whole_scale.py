@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
-from amskv_kernels.arguments import instance_of, real_number, whole_number
-from amskv_kernels.policies.base import Policy, check_layers_exist, layer_set
+from amskv_kernels.arguments import instance_of, real_number, shown, whole_number
+from amskv_kernels.files import finite_table
+from amskv_kernels.policies.base import (
+    MOST_LAYERS,
+    MadeFor,
+    Policy,
+    check_layers_exist,
+    layer_numbers,
+    layer_set,
+)
+from amskv_kernels.policies.budgets import ROUNDING, Budget, budget_mean
 from amskv_kernels.schedule import ScaleSchedule
 
 Unit = Literal["tokens", "scales"]
@@ -73,7 +83,8 @@ class AMSKV(Policy):
         whole_number("local", self.local, 0)
         if whole_number("demanding_local", self.demanding_local, 0) < self.local:
             raise ValueError(
-                f"demanding_local is {self.demanding_local}; it must be at least local, which is {self.local}"
+                f"demanding_local is {shown(self.demanding_local)}; it must be at least local, which is "
+                f"{shown(self.local)}"
             )
         object.__setattr__(self, "demanding_layers", layer_set("demanding_layers", self.demanding_layers))
         if self.max_scale_tokens is not None:
@@ -99,9 +110,7 @@ class AMSKV(Policy):
         theta: float | None = None,
     ) -> AMSKVCapacity:
         """The capacity form, Algorithm 1 of the paper: see `AMSKVCapacity`."""
-        table = None if similarity is None else tuple(tuple(float(x) for x in row) for row in similarity)
-        demanding = layer_set("demanding_layers", demanding_layers)
-        return AMSKVCapacity(c_min, c_max, unit, condensed, demanding, table, theta)
+        return AMSKVCapacity(c_min, c_max, unit, condensed, demanding_layers, similarity, theta)  # type: ignore[arg-type]
 
     @staticmethod
     def for_saving(
@@ -113,49 +122,60 @@ class AMSKV(Policy):
     ) -> AMSKVCapacity:
         """The capacity setting that saves at least the share `saved` of all tokens, AMS-KV's own convention.
 
-        The paper publishes the percentages (71.29, 75, 78.72, 84.83) but not the settings; these are ours.
+        The paper publishes the percentages (71.29, 75, 78.72, 84.83) but not the settings; these are ours, see
+        `for_budget`. A published percentage is rounded to 0.01 %, so the mean may be 0.005 % of all tokens more.
+
+        Raises:
+            TypeError: `schedule` is no ScaleSchedule, or `saved` no number.
+            ValueError: what `for_budget` raises.
+        """
+        instance_of("schedule", schedule, ScaleSchedule)
+        saved = real_number("saved", saved)
+        most = 1 - sum(schedule.tokens[: whole_number("condensed", condensed, 0)]) / schedule.total
+        if not 0 < saved <= most or condensed >= len(schedule) - 1:
+            raise ValueError(
+                f"saved is {saved:.4f}; with {shown(condensed)} condensed scales, schedule {schedule.name} can save "
+                f"more than 0 and at most {most:.4f} of all tokens"
+            )
+        return _with_mean(schedule, num_layers, (1 - saved + 5e-5) * schedule.total, ranking, condensed)
+
+    @staticmethod
+    def for_budget(
+        schedule: ScaleSchedule,
+        num_layers: int,
+        budget: Budget,
+        ranking: Sequence[int] | None = None,
+        condensed: int = 2,
+    ) -> AMSKVCapacity:
+        """The capacity setting that holds most of `budget` tokens per layer, and no more, on the mean over layers.
+
         Efficient layers get the largest of "condensed + one scale" and "condensed + the last r prefix scales"
         that fits the mean. Demanding layers get a larger window of the last 2, 3 or 4 prefix scales, whichever
         lets most of the mean be spent, and as many layers are demanding as the mean allows: the first of
         `ranking` (most demanding first), which without a calibration is layer order, since the paper finds
-        early layers demanding. Never storing the last scale saves 38 … 46 % by itself: a smaller `saved` drops
-        nothing.
+        early layers demanding. Never storing the last scale saves 38 … 46 % by itself: a budget of more than the
+        rest drops nothing. The policy serves this schedule and depth alone.
 
         Args:
             schedule: the model's schedule.
             num_layers: L.
-            saved: share of all tokens saved, in (0, 1).
+            budget: see `amskv_kernels.policies.budgets`.
             ranking: all layers, most demanding first.
             condensed: scales never dropped.
 
         Raises:
-            TypeError: `schedule` is no ScaleSchedule, or `saved` no number.
-            ValueError: no layer, `saved` is more than the condensed scales leave, or `ranking` is not a
-                permutation of the layers.
+            TypeError: `schedule` is no ScaleSchedule.
+            ValueError: no layer, a budget that cannot hold the condensed scales, or `ranking` is not a permutation of
+                the layers.
         """
-        instance_of("schedule", schedule, ScaleSchedule)
-        num_layers, saved = whole_number("num_layers", num_layers, 1), real_number("saved", saved)
-        order = list(range(num_layers)) if ranking is None else list(ranking)
-        if sorted(order) != list(range(num_layers)):
-            raise ValueError(f"ranking is {order!r}; it must name each of the layers 0 … {num_layers - 1} once")
-        tokens = schedule.tokens[:-1]
-        locked = sum(tokens[: whole_number("condensed", condensed, 0)])
-        windows = [locked + sum(tokens[-r:]) for r in range(1, len(tokens) - condensed + 1)]
-        most = 1 - locked / schedule.total
-        if not 0 < saved <= most or not windows:
+        mean = budget_mean(budget, schedule)
+        locked = sum(schedule.tokens[: whole_number("condensed", condensed, 0)])
+        if mean + ROUNDING < locked or condensed >= len(schedule) - 1:
             raise ValueError(
-                f"saved is {saved:.4f}; with {condensed} condensed scales, schedule {schedule.name} can save "
-                f"more than 0 and at most {most:.4f} of all tokens"
+                f"budget is {budget!r}, {mean:.4g} tokens per layer; it must hold the {locked} of {shown(condensed)} "
+                f"condensed scales of schedule {schedule.name}, and another scale must be read later"
             )
-        # 5e-5: a published percentage is rounded to 0.01 %.
-        mean = (1 - saved + 5e-5) * schedule.total
-        singles = [locked, *(locked + n for n in tokens[condensed:])]
-        efficient = max(size for size in (*singles, *windows) if size <= mean)
-        best = (efficient, 0)
-        for demanding in [size for size in windows[1:] if size > efficient][:3]:
-            count = int((mean - efficient) * num_layers / (demanding - efficient))
-            best = max(best, (demanding, count), key=lambda pair: (pair[0] - efficient) * pair[1])
-        return AMSKV.with_capacity(efficient, best[0], condensed=condensed, demanding_layers=order[: best[1]])
+        return _with_mean(schedule, num_layers, mean + ROUNDING, ranking, condensed)
 
 
 @dataclass(frozen=True)
@@ -170,9 +190,11 @@ class AMSKVCapacity(Policy):
 
     Args:
         similarity: (L, K) table, entry (l, i) the similarity of layer l's keys at scale i to scale i−1's.
+        made_for: the model that the setting was found for; planning it for another one is refused.
 
     Raises:
-        ValueError: capacities out of order, an unknown unit, or only one of similarity and theta.
+        ValueError: capacities out of order, an unknown unit, only one of similarity and theta, or one that is not
+            finite.
     """
 
     c_min: int
@@ -182,16 +204,21 @@ class AMSKVCapacity(Policy):
     demanding_layers: tuple[int, ...] = ()
     similarity: tuple[tuple[float, ...], ...] | None = None
     theta: float | None = None
+    made_for: MadeFor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         whole_number("condensed", self.condensed, 0)
         whole_number("c_min", self.c_min, 1)
         if whole_number("c_max", self.c_max, 1) < self.c_min:
-            raise ValueError(f"c_max is {self.c_max}; it must be at least c_min, which is {self.c_min}")
-        if self.unit not in ("tokens", "scales"):
-            raise ValueError(f"unit is {self.unit!r}; it must be 'tokens' or 'scales'")
+            raise ValueError(f"c_max is {shown(self.c_max)}; it must be at least c_min, which is {shown(self.c_min)}")
+        if not isinstance(self.unit, str) or self.unit not in ("tokens", "scales"):
+            raise ValueError(f"unit is {shown(self.unit)}; it must be 'tokens' or 'scales'")
         if (self.similarity is None) != (self.theta is None):
             raise ValueError("similarity and theta decide together: give both or neither")
+        if self.similarity is not None and self.theta is not None:
+            if math.isnan(real_number("theta", self.theta)):
+                raise ValueError("theta is nan; it must be a similarity to compare with")
+            object.__setattr__(self, "similarity", finite_table("similarity", self.similarity))
         object.__setattr__(self, "demanding_layers", layer_set("demanding_layers", self.demanding_layers))
 
     def visible(self, schedule: ScaleSchedule, layer: int, step: int) -> tuple[int, ...]:
@@ -244,6 +271,36 @@ class AMSKVCapacity(Policy):
         check_layers_exist("demanding_layers", self.demanding_layers, num_layers)
         if self.similarity is not None and len(self.similarity) != num_layers:
             raise ValueError(f"similarity has {len(self.similarity)} layers; this model has {num_layers}")
+        if self.made_for is not None:
+            self.made_for.check_layers(num_layers)
+
+    def check_fits(self, schedule: ScaleSchedule, num_layers: int) -> None:
+        self.check_layers(num_layers)
+        if self.made_for is not None:
+            self.made_for.check(schedule, num_layers)
+        if self.similarity is not None and len(self.similarity[0]) != len(schedule):
+            raise ValueError(f"similarity has {len(self.similarity[0])} scales; this schedule has {len(schedule)}")
+
+
+def _with_mean(
+    schedule: ScaleSchedule, num_layers: int, mean: float, ranking: Sequence[int] | None, condensed: int
+) -> AMSKVCapacity:  # fmt: skip
+    """The setting of `AMSKV.for_budget` for a mean that holds the condensed scales and is a float."""
+    num_layers = whole_number("num_layers", num_layers, 1, MOST_LAYERS)
+    order = layer_numbers("ranking", range(num_layers) if ranking is None else ranking)
+    if sorted(order) != list(range(num_layers)):
+        raise ValueError(f"ranking is {shown(order)}; it must name each of the layers 0 … {num_layers - 1} once")
+    tokens = schedule.tokens[:-1]
+    locked = sum(tokens[:condensed])
+    windows = [locked + sum(tokens[-r:]) for r in range(1, len(tokens) - condensed + 1)]
+    singles = [locked, *(locked + n for n in tokens[condensed:])]
+    efficient = max(size for size in (*singles, *windows) if size <= mean)
+    best = (efficient, 0)
+    for demanding in [size for size in windows[1:] if size > efficient][:3]:
+        count = int((mean - efficient) * num_layers / (demanding - efficient))
+        best = max(best, (demanding, count), key=lambda pair: (pair[0] - efficient) * pair[1])
+    made_for = MadeFor(schedule, num_layers)
+    return AMSKVCapacity(efficient, best[0], "tokens", condensed, order[: best[1]], made_for=made_for)
 
 
 @lru_cache(maxsize=256)

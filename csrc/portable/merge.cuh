@@ -5,7 +5,6 @@
 
 #include "amskv/amskv.h"
 #include "common/device.cuh"
-#include "common/softmax.cuh"
 #include "common/tiles.h"
 
 namespace amskv {
@@ -14,7 +13,7 @@ struct MergeArgs {
     AttnParams params;
     int splits;
     const float* partial_out;  // (splits, B, n, H, D)
-    const float* partial_sums;  // (splits, 2, B, H, n): shifts and sums
+    const float* partial_lse;  // (splits, B, H, n), base 2
 };
 
 // One warp per row of the output.
@@ -26,16 +25,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpLanes) merge_kernel(const __gr
     if (row >= rows) return;
     const int head = row % p.heads, token = row / p.heads % p.tokens;
     const int64_t lse_row = (row / p.heads / p.tokens * p.heads + head) * p.tokens + token;
-    const auto shift_of_part = [&](int i) { return args.partial_sums[2 * i * rows + lse_row]; };
-    const auto sum_of_part = [&](int i) { return args.partial_sums[(2 * i + 1) * rows + lse_row]; };
-    float shift = kNoShift, sum = 0;
-    for (int i = 0; i < args.splits; ++i) shift = fmaxf(shift, shift_of_part(i));
-    for (int i = 0; i < args.splits; ++i) sum += exp2_fast(shift_of_part(i) - shift) * sum_of_part(i);
+    float top = -INFINITY, sum = 0;
+    for (int i = 0; i < args.splits; ++i) top = fmaxf(top, args.partial_lse[i * rows + lse_row]);
+    const float shift = top == -INFINITY ? 0 : top;  // no key in any part
+    for (int i = 0; i < args.splits; ++i) sum += exp2_fast(args.partial_lse[i * rows + lse_row] - shift);
     const float inverse = sum == 0 ? 0 : 1 / sum;
     for (int column = 2 * lane; column < p.head_dim; column += 2 * kWarpLanes) {
         float low = 0, high = 0;
         for (int i = 0; i < args.splits; ++i) {
-            const float weight = exp2_fast(shift_of_part(i) - shift) * sum_of_part(i) * inverse;
+            const float weight = exp2_fast(args.partial_lse[i * rows + lse_row] - shift) * inverse;
             const auto pair =
                 *reinterpret_cast<const float2*>(args.partial_out + (i * rows + row) * p.head_dim + column);
             low += weight * pair.x;
@@ -45,7 +43,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpLanes) merge_kernel(const __gr
         uint16_t* const out = static_cast<uint16_t*>(p.out) + row * p.head_dim + column;
         *reinterpret_cast<uint32_t*>(out) = half ? pack<Half>(low, high) : pack<BFloat16>(low, high);
     }
-    if (lane == 0) p.lse[lse_row] = log2_sum(shift, sum, p.softmax_scale * kLog2E) * kLn2;
+    constexpr float kLn2 = 0.693147180559945f;
+    if (lane == 0) p.lse[lse_row] = sum == 0 ? -INFINITY : (shift + log2f(sum)) * kLn2;
 }
 
 }  // namespace amskv

@@ -210,6 +210,7 @@ def test_errors_are_one_line_and_exit_code_2(capsys, argv, message):
             "var.safetensors has other sizes than var-d16: schedule is custom and must be var-256, depth is 2",
         ),
         (["--count", "1", "--model", "foo"], "model 'foo' is not a released one"),
+        (["--method", "asi", "--top", "100000"], "top is 100000; it must be below 14, the longest history of schedule"),
         (["--method", "asi", "--count", "99", "--top", "4"], "count is 99; there are 4 pairs of a layer and a scale"),
         (["--method", "scas", "--protected", "3"], "--protected is 3; it must be within 0 … 2"),
         (["--count", "3"], "--count is 3; it must be within 0 … 2"),

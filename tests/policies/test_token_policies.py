@@ -14,7 +14,9 @@ from amskv_kernels.models import ConcatKVCache
 from amskv_kernels.planning.layout import ROWS_MASK
 from amskv_kernels.planning.memory import report
 from amskv_kernels.policies import H2O, Drafters, HeadOrders, HeatKV, PyramidKV, Recent, ScaleKV, SnapKV
-from amskv_kernels.policies.tokens import budget_tokens, choose_drafters, scalekv_budgets
+from amskv_kernels.policies.budgets import budget_tokens
+from amskv_kernels.policies.drafters import choose_drafters
+from amskv_kernels.policies.tokens import scalekv_budgets
 from amskv_kernels.shapes import ModelShape
 
 INFINITY = ScaleSchedule.named("infinity-1m-1.000")
