@@ -1,6 +1,7 @@
 """Attention over a planned, paged KV cache for next-scale (VAR) image models: `torch.ops.amskv.attn`."""
 
 from amskv_kernels.cache.paged import PagedKVCache
+from amskv_kernels.integrations import patch, unpatch
 from amskv_kernels.ops import backend, debug
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.policies import (
@@ -45,4 +46,6 @@ __all__ = [
     "backend",
     "debug",
     "parse_policy",
+    "patch",
+    "unpatch",
 ]

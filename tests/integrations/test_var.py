@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from amskv_kernels import AMSKV, H2O, Full, HeatKV, PagedKVCache, ScaleKV, ScaleSchedule, SlidingWindow
 from amskv_kernels.calibrate import AttentionRecorder, SimilarityRecorder
+from amskv_kernels.integrations import caches
 from amskv_kernels.integrations.var import patch
 from amskv_kernels.policies import HeadOrders
 
@@ -169,13 +170,15 @@ def test_training_forward_is_untouched():
 
 
 def test_autocast_keeps_sixteen_bit_pages():
+    torch.manual_seed(0)
     model = public_var.VAR().eval()
+    truth = images(model)
     with torch.autocast("cpu", torch.bfloat16):
-        expected = images(model)
+        stock = images(model)
         with patch(model, Full()) as patched:
             got = images(model)
             assert patched.cache.pages.dtype == torch.bfloat16
-    assert F.mse_loss(got.float(), expected.float()) < 1e-4
+    assert F.mse_loss(got.float(), truth) < 1.5 * F.mse_loss(stock.float(), truth)
 
 
 def test_undo_restores_every_module():
@@ -223,17 +226,15 @@ def test_inference_mode_and_back():
 
 
 def test_never_two_pools_at_a_time(monkeypatch):
-    from amskv_kernels.integrations import var as integration
-
     model, alive = public_var.VAR().eval(), []
 
-    class Counted(integration.PagedKVCache):
+    class Counted(PagedKVCache):
         def __init__(self, *args, **kwargs):
             assert not any(cache() is not None for cache in alive)
             alive.append(weakref.ref(self))
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(integration, "PagedKVCache", Counted)
+    monkeypatch.setattr(caches, "PagedKVCache", Counted)
     with patch(model, Full()):
         images(model)
         images(model, torch.tensor([1, 2, 3]))

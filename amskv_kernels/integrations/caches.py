@@ -1,0 +1,110 @@
+"""From what a user asks for to the cache of a generation: policy, plan, pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from amskv_kernels.cache import OnlineKVCache, PagedKVCache
+from amskv_kernels.planning.plan import CachePlan
+from amskv_kernels.policies import AMSKVCapacity, Policy, parse_policy
+from amskv_kernels.schedule import ScaleSchedule
+
+PolicyLike = Policy | str | Callable[[ScaleSchedule], Policy]
+Cache = PagedKVCache | OnlineKVCache
+
+
+class Caches:
+    """Makes the cache of each generation, and keeps the last one as long as it fits.
+
+    Args:
+        policy: an object, a string as `parse_policy` reads it, or a function of the schedule.
+        num_layers: L.
+        page_size: see `CachePlan.build`.
+        online: decide as the generation goes (`OnlineKVCache`).
+        theta: of the online mode; the policy's own unless given.
+    """
+
+    def __init__(
+        self, policy: PolicyLike, num_layers: int, page_size: int | None, online: bool, theta: float | None
+    ) -> None:  # fmt: skip
+        if not isinstance(policy, (Policy, str)) and not callable(policy):
+            raise TypeError(f"policy is {policy!r}; it must be a Policy, a string or a function of the schedule")
+        if theta is not None and not online:
+            raise ValueError(f"theta is {theta}; it means something to online=True alone")
+        if isinstance(policy, Policy):
+            policy.check_layers(num_layers)
+        self._policy, self._layers, self._page_size = policy, num_layers, page_size
+        self._online, self._theta = online, theta
+        self._plans: dict[tuple[ScaleSchedule, int], CachePlan] = {}
+        self._made_for: object = None
+        self.cache: Cache | None = None
+
+    def policy(self, schedule: ScaleSchedule) -> Policy:
+        """The policy for a schedule.
+
+        Raises:
+            TypeError: the user's function gives something else, or a policy that is not for the online mode.
+            ValueError: what `parse_policy` raises, or no theta for the online mode.
+        """
+        policy: object = self._policy
+        if isinstance(policy, str):
+            policy = parse_policy(policy, schedule, self._layers)
+        elif not isinstance(policy, Policy):
+            policy = self._policy(schedule)  # type: ignore[operator]
+            if not isinstance(policy, Policy):
+                raise TypeError(f"policy gave {policy!r} for schedule {schedule.name}; it must give a Policy")
+        if self._online and not isinstance(policy, AMSKVCapacity):
+            raise TypeError(f"policy is {policy!r}; the online mode needs an AMSKV.with_capacity(…)")
+        return policy
+
+    def plan(self, schedule: ScaleSchedule, kv_heads: int) -> CachePlan | None:
+        """The plan for a schedule, made once; None in the online mode, whose policy and theta it checks."""
+        if self._online:
+            self._theta_of(self.policy(schedule))
+            return None
+        key = schedule, kv_heads
+        if key not in self._plans:
+            self._plans[key] = CachePlan.build(
+                schedule, self.policy(schedule), self._layers, self._page_size, kv_heads=kv_heads
+            )
+        return self._plans[key]
+
+    def start(self, schedule: ScaleSchedule, k: Tensor) -> Cache:
+        """The cache for a new generation on `schedule`, whose first keys are k (B, n, Hkv, D)."""
+        batch, _, kv_heads, head_dim = k.shape
+        plan, wanted = self.plan(schedule, kv_heads), (schedule, batch, kv_heads, head_dim, k.dtype, k.device)
+        if self.cache is None or self._made_for != wanted:
+            self.cache = None  # its pool is free before the new one is made
+            sizes: dict[str, Any] = {
+                "batch": batch,
+                "kv_heads": kv_heads,
+                "head_dim": head_dim,
+                "dtype": k.dtype,
+                "device": k.device,
+            }
+            self.cache = self._made(schedule, sizes) if plan is None else PagedKVCache(plan, **sizes)
+            self._made_for = wanted
+        self.cache.reset()
+        return self.cache
+
+    def _made(self, schedule: ScaleSchedule, sizes: dict[str, Any]) -> OnlineKVCache:
+        policy: Any = self.policy(schedule)
+        theta, page_size = self._theta_of(policy), 16 if self._page_size is None else self._page_size
+        return OnlineKVCache(schedule, self._layers, policy, theta, page_size=page_size, **sizes)
+
+    def _theta_of(self, policy: Policy) -> float:
+        theta = getattr(policy, "theta", None) if self._theta is None else self._theta
+        if theta is None:
+            raise ValueError("theta is None; the online mode needs the similarity below which a layer is demanding")
+        return theta
+
+
+@cache
+def schedule_of(sizes: tuple[tuple[int, int], ...]) -> ScaleSchedule:
+    """The published schedule of these sizes, or a custom one."""
+    published = (ScaleSchedule.named(name) for name in ScaleSchedule.names())
+    return next((schedule for schedule in published if schedule.sizes == sizes), ScaleSchedule(sizes))
