@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from amskv_kernels import ops  # noqa: F401 - registers torch.ops.amskv
-from amskv_kernels.arguments import check_device, instance_of, whole_number
+from amskv_kernels.arguments import check_device, instance_of, real_number, whole_number
 from amskv_kernels.cache.selector import TokenSelector
-from amskv_kernels.ops.checks import check_pool, refuse_gradients
+from amskv_kernels.ops.checks import PlannedAttn, check_pool, refuse_gradients
+from amskv_kernels.ops.dispatch import Settings, settings
+from amskv_kernels.ops.prepared import Prepared, prepare_attn
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.planning.tables import Slots
 
@@ -62,6 +65,10 @@ class PagedKVCache:
         self.arena = first.view(batch, -1).repeat_interleave(plan.heads, dim=1)
         self._read, self._write = _upload(plan, self.pages.device)
         self._selector = None if plan.selection is None else TokenSelector(plan, self.pages, self.arena)
+        layers, tokens = range(plan.num_layers), plan.schedule.tokens
+        self._turns = [(layer, batch, n) for n in tokens for layer in layers]
+        self._default_scale = 1 / math.sqrt(head_dim)
+        self._prepared: dict[tuple[Settings, int], Prepared] = {}
         self._calls = 0
 
     @property
@@ -117,19 +124,35 @@ class PagedKVCache:
                 what `torch.ops.amskv.attn` raises.
             RuntimeError: gradients would be needed; the op has none.
         """
-        step = self.step
         check_qkv(q, k, v)
-        self._check_turn(step, layer, q)
+        call = self._calls
+        if call == len(self._turns) or self._turns[call] != (layer, *q.shape[:2]):
+            self._check_turn(self.step, layer, q)
         refuse_gradients(q, k, v)
-        scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
-        read, write = self._read[self._calls], self._write[self._calls]
+        scale = self._default_scale if softmax_scale is None else real_number("softmax_scale", softmax_scale)
         if self._selector is not None:
-            self._selector.check(step, layer)
-        out, _ = torch.ops.amskv.attn(q, k, v, self.pages, self.arena, read, write, scale)
+            self._selector.check(self.step, layer)
+        if torch.compiler.is_compiling() or not type(q) is type(self.pages) is Tensor:  # traced: as the op itself
+            tables = (self.pages, self.arena, self._read[call], self._write[call])
+            out, _ = torch.ops.amskv.attn(q, k, v, *tables, scale)
+        else:
+            out = self._ready(call)(q, k, v, scale)
         if self._selector is not None:
-            self._selector.after(step, layer, q, k, v, read, scale)
+            self._selector.after(self.step, layer, q, k, v, self._read[call], scale)
         self._calls += 1
         return out
+
+    def _ready(self, call: int) -> Prepared:
+        """The call as this context's backend makes it; worked out once, in the first generation."""
+        ready = self._prepared.get((settings(), call))
+        if ready is None:
+            n = self.plan.schedule.tokens[call // self.plan.num_layers]
+            planned = PlannedAttn(self.pages, self.arena, self._read[call], self._write[call], n)
+            ready = self._prepared[settings(), call] = prepare_attn(planned)
+        return ready
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_prepared": {}}  # they write into this pool, a copy has its own
 
     def _check_turn(self, step: int, layer: int, q: Tensor) -> None:
         schedule = self.plan.schedule
@@ -149,8 +172,9 @@ class PagedKVCache:
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise TypeError where one of them is no tensor."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        instance_of(name, tensor, Tensor)
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            instance_of(name, tensor, Tensor)
 
 
 def _upload(plan: CachePlan, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,25 +1,19 @@
 """`torch.ops.amskv.*`: the typed public functions.
 
-The layout of `pages`, `arena` and slots stands in `amskv_kernels.planning.layout`. Inference only: no autograd formula
-is registered, outputs never require grad. Every implementation gets arguments that `checks` has passed.
+The layout of `pages`, `arena` and slots stands in `amskv_kernels.planning.layout`, the contract with a worked call in
+docs/op.md. Inference only: the Autograd keys raise, outputs never require grad.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from amskv_kernels.ops import dispatch
-from amskv_kernels.ops.checks import (
-    check_append,
-    check_attn,
-    check_compact,
-    check_prepare_qk,
-    check_window_scores,
-    refuse_gradients,
-)
+from amskv_kernels.arguments import instance_of, real_number, whole_number
+from amskv_kernels.ops import register  # noqa: F401 - registers torch.ops.amskv
+from amskv_kernels.ops.checks import check_tensors
 from amskv_kernels.ops.dispatch import backend, choose, debug
 from amskv_kernels.ops.schemas import SCHEMAS
-from amskv_kernels.ops.tables import check_keep, check_tables
 
 __all__ = [
     "SCHEMAS",
@@ -54,7 +48,8 @@ def attn(
         arena: (B, Hkv) int32.
         read_slots: (B|1, Hkv|1, S) int32; size-1 dimensions broadcast, S may be 0.
         write_slots: as read_slots, with its own S.
-        softmax_scale: finite and above 0.
+        softmax_scale: finite and above 0. Logits are exact up to 1.8 · 10⁸ in magnitude, as far as fp32 holds the
+            products q · k; beyond, up to 10³², only weights below 2⁻¹⁶ of a row's largest are lost.
 
     Returns:
         out (B, n, H, D), contiguous, q's dtype, and lse (B, H, n) fp32, natural log.
@@ -63,12 +58,9 @@ def attn(
         TypeError: a wrong dtype. ValueError: a wrong device, shape, stride, head count or slot table.
         RuntimeError: autograd would record the call.
     """
-    check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
-    refuse_gradients(q, k, v, pages)
-    if dispatch.settings["debug"]:
-        check_tables(pages, arena, read_slots, write_slots, k.shape[1])
-    module = dispatch.backend_of("attn", q)
-    return module.attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
+    check_tensors(q=q, k=k, v=v, pages=pages, arena=arena, read_slots=read_slots, write_slots=write_slots)
+    real_number("softmax_scale", softmax_scale)
+    return torch.ops.amskv.attn.default(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
 
 
 def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:
@@ -76,12 +68,8 @@ def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tens
 
     Arguments and errors as for `attn`.
     """
-    check_append(k, v, pages, arena, write_slots)
-    refuse_gradients(k, v, pages)
-    if dispatch.settings["debug"]:
-        check_tables(pages, arena, write_slots[..., :0].contiguous(), write_slots, k.shape[1])
-    module = dispatch.backend_of("append", k)
-    module.append(k, v, pages, arena, write_slots)
+    check_tensors(k=k, v=v, pages=pages, arena=arena, write_slots=write_slots)
+    torch.ops.amskv.append.default(k, v, pages, arena, write_slots)
 
 
 def prepare_qk(
@@ -109,10 +97,11 @@ def prepare_qk(
     Raises:
         TypeError: a wrong dtype. ValueError: a wrong device, shape, stride or head count.
     """
-    check_prepare_qk(qkv, kv_heads, q_scale, cos, sin, eps)
-    refuse_gradients(*(x for x in (qkv, q_scale, cos, sin) if x is not None))
-    module = dispatch.backend_of("prepare_qk", qkv)
-    return module.prepare_qk(qkv, kv_heads, q_scale, cos, sin, l2norm, eps)
+    given = {"q_scale": q_scale, "cos": cos, "sin": sin}
+    check_tensors(qkv=qkv, **{name: table for name, table in given.items() if table is not None})
+    whole_number("kv_heads", kv_heads, 1)
+    real_number("eps", eps)
+    return torch.ops.amskv.prepare_qk.default(qkv, kv_heads, q_scale, cos, sin, l2norm, eps)
 
 
 def window_scores(
@@ -136,12 +125,10 @@ def window_scores(
     Raises:
         TypeError: a wrong dtype. ValueError: a wrong device, shape, stride, head count, mode or slot table.
     """
-    check_window_scores(q_window, k, pages, arena, read_slots, softmax_scale, mode)
-    refuse_gradients(q_window, k, pages)
-    if dispatch.settings["debug"]:
-        check_tables(pages, arena, read_slots, read_slots[..., :0].contiguous(), k.shape[1])
-    module = dispatch.backend_of("window_scores", k)
-    return module.window_scores(q_window, k, pages, arena, read_slots, softmax_scale, mode)
+    check_tensors(q_window=q_window, k=k, pages=pages, arena=arena, read_slots=read_slots)
+    real_number("softmax_scale", softmax_scale)
+    instance_of("mode", mode, str)
+    return torch.ops.amskv.window_scores.default(q_window, k, pages, arena, read_slots, softmax_scale, mode)
 
 
 def compact(
@@ -162,12 +149,9 @@ def compact(
     Raises:
         TypeError: a wrong dtype. ValueError: a wrong device, shape, stride or table.
     """
-    check_compact(pages, arena, src_slots, k, v, keep, dst_slots)
-    refuse_gradients(k, v, pages)
-    if dispatch.settings["debug"]:
-        check_keep(pages, arena, src_slots, keep, dst_slots, k.shape[1])
-    module = dispatch.backend_of("compact", k)
-    module.compact(pages, arena, src_slots, k, v, keep, dst_slots)
+    check_tensors(pages=pages, arena=arena, src_slots=src_slots, k=k, v=v, keep=keep, dst_slots=dst_slots)
+    torch.ops.amskv.compact.default(pages, arena, src_slots, k, v, keep, dst_slots)
 
 
-dispatch.register((attn, append, prepare_qk, window_scores, compact))
+for _function in (attn, append, prepare_qk, window_scores, compact):
+    getattr(torch.ops.amskv, _function.__name__).__doc__ = _function.__doc__

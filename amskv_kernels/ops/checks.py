@@ -3,15 +3,56 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from amskv_kernels.arguments import one_of, whole_number
+from amskv_kernels.arguments import instance_of, one_of, whole_number
 from amskv_kernels.planning.layout import HEAD_DIMS, PAGE_SIZES
 
 SCORE_MODES = ("softmax", "sum_logits")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LEAST_SCALE = torch.finfo(torch.float32).tiny
+MOST_SCALE = torch.finfo(torch.float32).max / 2  # half: kernels multiply it by log2(e)
+
+
+class PlannedAttn(NamedTuple):
+    """What is known of a call of `attn` before it is made: pool and tables, which its plan has validated, and sizes.
+
+    Attributes:
+        pages: the pool: B · Hkv arenas of equal size, B where heads share one, in the order of `arena`.
+        arena: (B, Hkv) int32.
+        read_slots: (1, 1|Hkv, S) int32.
+        write_slots: as read_slots, with its own S.
+        n: tokens of the call.
+    """
+
+    pages: Tensor
+    arena: Tensor
+    read_slots: Tensor
+    write_slots: Tensor
+    n: int
+
+    def takes(self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> bool:
+        """Whether these are arguments that `check_attn` and `check_apart` pass, in 3 µs."""
+        pages, (batch, kv_heads) = self.pages, self.arena.shape
+        head_dim, dtype, device = pages.shape[3], pages.dtype, pages.device
+        heads = q.shape[2] if q.dim() == 4 else 0
+        start = pages.data_ptr()
+        end = start + pages.nbytes
+        return (
+            heads > 0
+            and heads % kv_heads == 0
+            and q.shape == (batch, self.n, heads, head_dim)
+            and k.shape == v.shape == (batch, self.n, kv_heads, head_dim)
+            and q.dtype is k.dtype is v.dtype is dtype
+            and q.device == k.device == v.device == device
+            and q.stride(3) == k.stride(3) == v.stride(3) == 1
+            and not any(start <= x.data_ptr() < end for x in (q, k, v))
+            and LEAST_SCALE <= softmax_scale <= MOST_SCALE
+        )
 
 
 def check_attn(
@@ -57,9 +98,31 @@ def check_pool(
         raise ValueError(f"device is {found}; it must be one of the {torch.cuda.device_count()} that torch sees")
 
 
+def check_tensors(**named: object) -> None:
+    """Raise TypeError that names what is no tensor."""
+    for name, value in named.items():
+        instance_of(name, value, Tensor)
+
+
+def check_apart(pages: Tensor, write_slots: Tensor, **rows: Tensor) -> None:
+    """Raise ValueError where rows lie in the pool that the same call writes: what is read may be written by then."""
+    if write_slots.shape[-1] == 0:
+        return
+    start = pages.data_ptr()
+    end = start + pages.numel() * pages.element_size()
+    for name, x in rows.items():
+        first = x.data_ptr()
+        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        if x.numel() and first < end and first + (last + 1) * x.element_size() > start:
+            raise ValueError(f"{name} shares memory with pages, which this call writes; it must be a tensor of its own")
+
+
 def refuse_gradients(*tensors: Tensor) -> None:
-    """Raise RuntimeError where autograd would record a call: the ops have no backward."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    """Raise RuntimeError where autograd, backward or forward mode, would record a call: the ops have no backward."""
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if recorded or (
+        forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    ):
         raise RuntimeError("the amskv ops have no backward; call the model under torch.no_grad()")
 
 
@@ -140,8 +203,7 @@ def _check_queries(name: str, q: Tensor, k: Tensor, same_rows: bool) -> None:
 
 
 def _check_scale(softmax_scale: float) -> None:
-    fp32 = torch.finfo(torch.float32)
-    if not fp32.tiny <= softmax_scale <= fp32.max / 2:  # half: kernels multiply it by log2(e)
+    if not LEAST_SCALE <= softmax_scale <= MOST_SCALE:
         raise ValueError(f"softmax_scale is {softmax_scale}; it must be finite and above 0, in fp32 as well")
 
 

@@ -1,44 +1,49 @@
-"""Which backend serves a call, and why."""
+"""Which backend serves a call, and why. Nothing is ever registered anew: a choice is looked up, not installed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextvars import ContextVar
+from functools import cache
 from types import ModuleType, TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from amskv_kernels.ops.backends import torch as torch_backend
 from amskv_kernels.ops.backends.library import hopper, portable
 from amskv_kernels.ops.backends.triton import backend as triton_backend
-from amskv_kernels.ops.schemas import FAKES, SCHEMAS
 
 # Implementations, the one to prefer first; each module has one function per op it serves.
 BACKENDS: dict[str, ModuleType] = {
     "hopper": hopper, "cuda": portable, "triton": triton_backend, "torch": torch_backend,
 }  # fmt: skip
-_OF_LIBRARY = ("hopper", "cuda")
-_DIRECT = ("attn", "append")  # what the CUDA library can take straight behind the dispatcher
-_public: dict[str, Callable[..., Any]] = {}
-_python_on_cuda: list[torch.library.Library] = []  # the registration of attn and append, while Python has them
-settings: dict[str, object] = {"backend": "auto", "debug": False}
+
+
+class Settings(NamedTuple):
+    """What this thread, or this task of an event loop, has asked for."""
+
+    backend: str = "auto"
+    debug: bool = False
+
+
+_DEFAULT = Settings()
+_settings: ContextVar[Settings] = ContextVar("amskv_kernels", default=_DEFAULT)
+settings = _settings.get
 
 
 class Choice(NamedTuple):
-    """The backend that serves an op on a device type, and why."""
+    """The backend that serves an op on a device, and why."""
 
     backend: str
     reason: str
 
 
 class _Setting:
-    """A setting just made, and undone at the end of a `with` block if it opens one."""
+    """A setting just made in this context, and undone at the end of a `with` block if it opens one."""
 
-    def __init__(self, name: str, value: object) -> None:
-        self._name, self._before = name, settings[name]
-        settings[name] = value
-        _route_cuda(False)
+    def __init__(self, **changed: object) -> None:
+        self._before = {name: getattr(settings(), name) for name in changed}
+        self._set(changed)
 
     def __enter__(self) -> None:
         return None
@@ -46,111 +51,86 @@ class _Setting:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:  # fmt: skip
-        settings[self._name] = self._before
-        _route_cuda(False)
+        self._set(self._before)
+
+    def _set(self, changed: dict[str, object]) -> None:
+        _settings.set(settings()._replace(**changed))  # type: ignore[arg-type]
 
 
 def backend(name: str) -> _Setting:
     """Force one implementation, "auto" to choose by itself again; in a `with` block, for its length.
 
-    "hopper" and "cuda" have attn and append; the other ops stay with who would serve them anyway.
+    It holds for the thread, or the task of an event loop, that asks: a context variable, as a new thread it begins
+    with "auto". "hopper" and "cuda" have attn and append; the other ops stay with who would serve them anyway.
 
     Raises:
         ValueError: no backend of that name.
     """
     if not isinstance(name, str) or (name != "auto" and name not in BACKENDS):
         raise ValueError(f"backend {name!r} is not known; known: auto, {', '.join(BACKENDS)}")
-    return _Setting("backend", name)
+    return _Setting(backend=name)
 
 
 def debug(on: bool = True) -> _Setting:
-    """Check slot tables on the device at every raw op call, so that a bad one raises instead of faulting.
+    """Check slot tables on the device at every call of this thread or task, so that a bad one raises, never faults.
 
-    Waits for the device each time. On the CPU the tables are always checked.
+    Waits for the device each time. On the CPU the tables of raw op calls are always checked.
     """
-    return _Setting("debug", bool(on))
+    return _Setting(debug=bool(on))
 
 
-def choose(op: str, device_type: str) -> Choice:
-    """Which backend serves `op` for tensors on `device_type` ("cpu", "cuda").
+def choose(op: str, device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> Choice:
+    """Which backend serves `op` for tensors of `dtype` on a device ("cpu", "cuda", "cuda:1"), with the reason.
 
     A forced backend that has no kernel of its own for an op leaves it to the others: the CUDA library has attn and
     append alone.
 
     Raises:
         RuntimeError: the forced backend has the op, but cannot serve it there.
+        TypeError: the forced backend has the op, but not for that dtype.
     """
-    forced = settings["backend"]
-    if forced != "auto" and not hasattr(BACKENDS[str(forced)], op):
-        forced = "auto"
-    passed_over: list[str] = []
+    device, forced = torch.device(device), settings().backend
+    name = _find(op, device, dtype, forced)
+    if name == forced:
+        return Choice(name, "forced")
+    earlier = list(BACKENDS)[: list(BACKENDS).index(name)]
+    passed_over = [f"{each}: {_missing(BACKENDS[each], op, device, dtype, False)}" for each in earlier]
+    return Choice(name, f"instead of {'; '.join(passed_over)}" if passed_over else "preferred")
+
+
+def backend_of(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The backend that serves this call; errors as of `choose`."""
+    return BACKENDS[_found(op, device, dtype, settings().backend)]
+
+
+def _find(op: str, device: torch.device, dtype: torch.dtype, forced: str) -> str:
+    """The name of the backend that serves this call."""
+    if forced != "auto" and hasattr(BACKENDS[forced], op):
+        module = BACKENDS[forced]
+        missing = module.unavailable(device, True)
+        if missing is not None:
+            raise RuntimeError(f"backend {forced!r} cannot serve {op} on {device.type}: {forced}: {missing}")
+        if dtype not in module.DTYPES:
+            raise TypeError(f"q or k is {_plain(dtype)}; backend {forced!r} takes {_plain(*module.DTYPES)}")
+        return forced
     for name, module in BACKENDS.items():
-        if forced not in ("auto", name):
-            continue
-        missing = _missing(module, op, device_type, forced == name)
-        if missing is None:
-            if forced == name:
-                return Choice(name, "forced")
-            return Choice(name, f"instead of {'; '.join(passed_over)}" if passed_over else "preferred")
-        passed_over.append(f"{name}: {missing}")
-    raise RuntimeError(f"backend {forced!r} cannot serve {op} on {device_type}: {'; '.join(passed_over)}")
+        if _missing(module, op, device, dtype, False) is None:
+            return name
+    raise RuntimeError(f"no backend serves {op} on {device}")  # the plain PyTorch backend serves everything
 
 
-def _missing(module: ModuleType, op: str, device_type: str, forced: bool) -> str | None:
+_found = cache(_find)  # what a machine can serve does not change while a process runs
+
+
+def _missing(module: ModuleType, op: str, device: torch.device, dtype: torch.dtype, forced: bool) -> str | None:
     """Why a backend does not serve an op, None if it does."""
     if not hasattr(module, op):
         return f"has no {op}"
-    unavailable = getattr(module, "unavailable", None)
-    return None if unavailable is None else unavailable(device_type, forced)
+    if dtype not in module.DTYPES:
+        return f"takes {_plain(*module.DTYPES)}, not {_plain(dtype)}"
+    found: str | None = module.unavailable(device, forced)
+    return found
 
 
-def backend_of(op: str, x: Tensor) -> ModuleType:
-    """The backend that serves this call; where it is the CUDA library by itself, later calls go there directly."""
-    name = choose(op, x.device.type).backend
-    if name in _OF_LIBRARY and x.dtype == torch.float32 and settings["backend"] != "auto":
-        raise TypeError(f"q or k is float32; backend {name!r} takes float16 and bfloat16")
-    if name in _OF_LIBRARY and settings["backend"] == "auto":
-        if x.dtype == torch.float32:  # the library's kernels take 16-bit elements
-            others = [module for other, module in BACKENDS.items() if other not in _OF_LIBRARY]
-            return next(module for module in others if _missing(module, op, "cuda", False) is None)
-        if not settings["debug"]:
-            _route_cuda(True, name == "hopper")
-    return BACKENDS[name]
-
-
-def _route_cuda(direct: bool, to_hopper: bool = False) -> None:
-    """Put attn and append on CUDA tensors straight behind the dispatcher, or give them back to Python.
-
-    Python's own registration goes first and comes back after: two at a time would make torch warn.
-    """
-    if direct == (not _python_on_cuda):
-        return
-    if direct:
-        for library in _python_on_cuda:
-            library._destroy()
-        _python_on_cuda.clear()
-        torch.ops.amskv.serve_cuda(True, to_hopper)
-        return
-    torch.ops.amskv.serve_cuda(False)
-    _register_on_cuda()
-
-
-def _register_on_cuda() -> None:
-    library = torch.library.Library("amskv", "IMPL", "CUDA")
-    for name in _DIRECT:
-        library.impl(name, _public[name])
-    _python_on_cuda.append(library)
-
-
-def register(functions: tuple[Callable[..., Any], ...]) -> None:
-    """Define `torch.ops.amskv.*` with the public functions as their implementations."""
-    for function in functions:
-        name = function.__name__
-        _public[name] = function
-        torch.library.define(f"amskv::{name}", SCHEMAS[name])
-        torch.library.impl(f"amskv::{name}", "cpu" if name in _DIRECT else ("cpu", "cuda"), function)
-        torch.library.register_fake(f"amskv::{name}", FAKES[name])
-    for name in _DIRECT:  # while the CUDA library serves them, it hands what it has no kernel for (fp32) to these
-        torch.library.define(f"amskv::{name}_python", SCHEMAS[name])
-        torch.library.impl(f"amskv::{name}_python", "cuda", _public[name])
-    _register_on_cuda()
+def _plain(*dtypes: torch.dtype) -> str:
+    return " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
-#include <memory>
 #include <optional>
 #include <tuple>
 
@@ -122,40 +121,6 @@ void append_cuda(Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor write_sl
     if (const Error error = amskv::append(p, scope.stream()); error != kOk) fail("append", error);
 }
 
-Kernels served = Kernels::kPortable;
-
-// What amskv::attn and amskv::append do on CUDA tensors while this library serves them: fp32 goes back to Python.
-std::tuple<Tensor, Tensor> attn_served(
-    Tensor q, Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor read_slots, Tensor write_slots,
-    double softmax_scale) {
-    if (q.scalar_type() != ScalarType::Float)
-        return attn_with(served, q, k, v, pages, arena, read_slots, write_slots, softmax_scale);
-    using torch::stable::detail::from;
-    std::array<StableIValue, 8> stack{from(q),     from(k),          from(v),           from(pages),
-                                      from(arena), from(read_slots), from(write_slots), from(softmax_scale)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("amskv::attn_python", "", stack.data(), TORCH_ABI_VERSION));
-    return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
-}
-
-void append_served(Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor write_slots) {
-    if (k.scalar_type() != ScalarType::Float) return append_cuda(k, v, pages, arena, write_slots);
-    using torch::stable::detail::from;
-    std::array<StableIValue, 5> stack{from(k), from(v), from(pages), from(arena), from(write_slots)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("amskv::append_python", "", stack.data(), TORCH_ABI_VERSION));
-}
-
-// Takes amskv::attn and amskv::append on CUDA tensors, so that no Python stands between dispatcher and launch, or
-// gives them back to what was registered before.
-void serve_cuda(bool on, bool hopper) {
-    using torch::stable::detail::StableLibrary;
-    static std::unique_ptr<StableLibrary> registration;
-    served = hopper ? Kernels::kHopper : Kernels::kPortable;
-    if (on == (registration != nullptr)) return;
-    if (!on) return registration.reset();
-    registration = std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "amskv", "CUDA", __FILE__, __LINE__);
-    registration->impl("attn", TORCH_BOX(&attn_served)).impl("append", TORCH_BOX(&append_served));
-}
-
 // The most dynamic shared memory that a team of an attention kernel asks for; ptxas knows of static memory alone.
 template <int kHeadDim, int kRowsPerWarp>
 std::string tile_info() {
@@ -201,7 +166,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(amskv, m) {
         "write_slots, "
         "float softmax_scale) -> (Tensor, Tensor)");
     m.def("append_cuda(Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor write_slots) -> ()");
-    m.def("serve_cuda(bool on, bool hopper=False) -> ()");
     m.def("build_info() -> str");
 }
 
@@ -209,6 +173,5 @@ STABLE_TORCH_LIBRARY_IMPL(amskv, CompositeExplicitAutograd, m) {
     m.impl("attn_cuda", TORCH_BOX(&amskv::attn_cuda));
     m.impl("attn_hopper", TORCH_BOX(&amskv::attn_hopper));
     m.impl("append_cuda", TORCH_BOX(&amskv::append_cuda));
-    m.impl("serve_cuda", TORCH_BOX(&amskv::serve_cuda));
     m.impl("build_info", TORCH_BOX(&amskv::build_info));
 }

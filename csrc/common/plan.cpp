@@ -83,7 +83,7 @@ AttnPlan plan_attn(const AttnParams& p, const Device& device, Kernels kernels) {
 
 size_t attn_workspace_bytes(const AttnParams& p, const AttnPlan& plan) {
     if (plan.splits == 1) return 0;
-    return sizeof(float) * plan.splits * p.batch * p.tokens * p.heads * (size_t(p.head_dim) + 1);
+    return sizeof(float) * plan.splits * p.batch * p.tokens * p.heads * (size_t(p.head_dim) + 2);
 }
 
 }  // namespace amskv

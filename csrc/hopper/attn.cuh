@@ -8,6 +8,7 @@
 
 #include <cmath>
 
+#include "common/softmax.cuh"
 #include "hopper/movers.cuh"
 #include "hopper/ring.cuh"
 
@@ -44,13 +45,13 @@ struct Registers {
     float scores[Tile::kKeys / 2];  // then their exponentials
     uint32_t probabilities[kSteps][4];
     float out[Tile::kHeadDim / 2];
-    float row_max[2];  // of the raw scores
+    float row_shift[2];  // what the exponents are measured from; at the end the log-sum-exp
     float row_sum[2];  // this thread's columns only, until the end
 
     __device__ __forceinline__ void clear() {
 #pragma unroll
         for (int i = 0; i < Tile::kHeadDim / 2; ++i) out[i] = 0;
-        row_max[0] = row_max[1] = -INFINITY;
+        row_shift[0] = row_shift[1] = kNoShift;
         row_sum[0] = row_sum[1] = 0;
     }
 
@@ -98,24 +99,24 @@ struct Registers {
     }
 
     // Takes the tile into the row maxima and its exponentials into the sums; returns in `shrink` the factor of what was
-    // summed under the old maxima. A row without any key yet keeps −∞, which nothing is measured from.
+    // summed under the old maxima.
     template <int kCount>
     __device__ __forceinline__ void exponentiate(float (&shrink)[2], float scale_log2) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float top = row_max[half];
+            float top = -INFINITY;
 #pragma unroll
             for (int i = 0; i < kCount / 2; ++i) top = fmaxf(top, scores[i / 2 * 4 + 2 * half + i % 2]);
             top = fmaxf(top, shuffle_xor(top, 1));
             top = fmaxf(top, shuffle_xor(top, 2));
-            const float shift = top == -INFINITY ? 0 : top * scale_log2;
-            shrink[half] = exp2_fast(row_max[half] * scale_log2 - shift);
-            row_max[half] = top;
+            const float shift = fmaxf(row_shift[half], shift_of(top, scale_log2)), scale = scale_of(shift, scale_log2);
+            shrink[half] = exp2_fast(row_shift[half] - shift);
+            row_shift[half] = shift;
             float sum = row_sum[half] * shrink[half];
 #pragma unroll
             for (int i = 0; i < kCount / 2; ++i) {
                 float& score = scores[i / 2 * 4 + 2 * half + i % 2];
-                score = exp2_fast(score * scale_log2 - shift);
+                score = exp2_fast(score * scale - shift);
                 sum += score;
             }
             row_sum[half] = sum;
@@ -145,21 +146,20 @@ struct Registers {
         for (int i = 0; i < Tile::kHeadDim / 2; ++i)
             store_shared_4(sums + (i * kWarpgroupThreads + thread) * 4, bits_of(out[i]));
         store_shared_16(stats + thread * 16,
-                        {bits_of(row_max[0]), bits_of(row_max[1]), bits_of(row_sum[0]), bits_of(row_sum[1])});
+                        {bits_of(row_shift[0]), bits_of(row_shift[1]), bits_of(row_sum[0]), bits_of(row_sum[1])});
     }
 
     // Adds what the other consumer left.
-    __device__ __forceinline__ void take_over(SharedAddress sums, SharedAddress stats, int thread, float scale_log2) {
+    __device__ __forceinline__ void take_over(SharedAddress sums, SharedAddress stats, int thread) {
         const Chunk other = load_shared_16(stats + thread * 16);
         float mine[2], theirs[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const float other_max = float_of(other.word[half]), top = fmaxf(row_max[half], other_max);
-            const float shift = top * scale_log2;  // finite: one of the two has a key, since n ≥ 1
-            mine[half] = exp2_fast(row_max[half] * scale_log2 - shift);
-            theirs[half] = exp2_fast(other_max * scale_log2 - shift);
+            const float other_shift = float_of(other.word[half]), shift = fmaxf(row_shift[half], other_shift);
+            mine[half] = exp2_fast(row_shift[half] - shift);
+            theirs[half] = exp2_fast(other_shift - shift);
             row_sum[half] = row_sum[half] * mine[half] + float_of(other.word[2 + half]) * theirs[half];
-            row_max[half] = top;
+            row_shift[half] = shift;
         }
 #pragma unroll
         for (int i = 0; i < Tile::kHeadDim / 2; ++i) {
@@ -168,16 +168,15 @@ struct Registers {
         }
     }
 
-    // out becomes the mean and row_max the log-sum-exp, natural.
+    // out becomes the mean and row_shift the log-sum-exp, natural.
     __device__ __forceinline__ void normalise(float scale_log2) {
-        constexpr float kLn2 = 0.693147180559945f;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float sum = row_sum[half];
             sum += shuffle_xor(sum, 1);
             sum += shuffle_xor(sum, 2);
             const float inverse = sum == 0 ? 0 : reciprocal(sum);
-            row_max[half] = sum == 0 ? -INFINITY : (row_max[half] * scale_log2 + log2f(sum)) * kLn2;
+            row_shift[half] = log2_sum(row_shift[half], sum, scale_log2) * kLn2;
 #pragma unroll
             for (int i = 0; i < Tile::kHeadDim / 4; ++i) out[i / 2 * 4 + 2 * half + i % 2] *= inverse;
         }
@@ -263,7 +262,7 @@ __device__ __forceinline__ void store_out(
     for (int half = 0; half < 2; ++half) {
         const int row = first_row + me.warp * kMmaRows + half * 8 + me.lane / 4;
         float* const lse = p.lse + (int64_t{item.batch} * p.heads + item.head) * p.tokens;
-        if (row < p.tokens && me.lane % 4 == 0) lse[row] = registers.row_max[half];
+        if (row < p.tokens && me.lane % 4 == 0) lse[row] = registers.row_shift[half];
     }
     const SharedAddress staged = ring.out(me.group);
 #pragma unroll
@@ -286,7 +285,7 @@ __device__ __forceinline__ void store_out(
 
 template <class Tile>
 __device__ __forceinline__ void compute(const Args& args, const Ring<Tile>& ring, const Consumer& me) {
-    const float scale_log2 = args.params.softmax_scale * 1.44269504088896f;
+    const float scale_log2 = args.params.softmax_scale * kLog2E;
     Registers<Tile> registers;
     if (me.group == 1 && !me.shares_rows) me.give_turn();
     int round = 0;
@@ -302,7 +301,7 @@ __device__ __forceinline__ void compute(const Args& args, const Ring<Tile>& ring
             if (me.group == 1) registers.hand_over(sums, stats, me.thread());
             me.barrier_of_both();
             if (me.group == 1) continue;
-            registers.take_over(sums, stats, me.thread(), scale_log2);
+            registers.take_over(sums, stats, me.thread());
         }
         me.barrier();
         store_out(args, item, ring, me, registers, scale_log2);

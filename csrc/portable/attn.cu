@@ -41,7 +41,7 @@ Error merge(const AttnArgs& args, Stream stream) {
     const AttnParams& p = args.params;
     const int64_t rows = int64_t{p.batch} * p.tokens * p.heads;
     const int blocks = static_cast<int>((rows + kMaxWarps - 1) / kMaxWarps);
-    const MergeArgs merge_args{p, args.plan.splits, args.partial_out, args.partial_lse};
+    const MergeArgs merge_args{p, args.plan.splits, args.partial_out, args.partial_sums};
     return launch("merge", merge_kernel, blocks, kMaxWarps * kWarpLanes, 0, stream, merge_args);
 }
 
@@ -63,7 +63,7 @@ Error attn(const AttnParams& params, const AttnPlan& plan, void* workspace, Stre
     if (plan.splits > 1) {
         args.partial_out = static_cast<float*>(workspace);
         const int64_t rows = int64_t{params.batch} * params.tokens * params.heads;
-        args.partial_lse = args.partial_out + plan.splits * rows * params.head_dim;
+        args.partial_sums = args.partial_out + plan.splits * rows * params.head_dim;
     }
     const bool half = params.dtype == DType::kFloat16;
     const Error error = half ? launch_type<Half>(args, stream) : launch_type<BFloat16>(args, stream);

@@ -9,6 +9,7 @@
 
 #include "amskv/amskv.h"
 #include "common/device.cuh"
+#include "common/softmax.cuh"
 #include "common/store.cuh"
 #include "common/tiles.h"
 
@@ -25,7 +26,7 @@ struct AttnArgs {
     int k_step, v_step;  // bytes from one token to the next
     int group;           // query heads of a KV head
     float* partial_out;  // (splits, B, n, H, D), where splits > 1
-    float* partial_lse;  // (splits, B, H, n), base 2
+    float* partial_sums;  // (splits, 2, B, H, n): what a part is measured from, and its sum
 };
 
 // The warps that work on one tile of query rows. Barrier 0 is the whole block's.
@@ -189,7 +190,7 @@ struct Registers {
     uint32_t q[Tile::kQueryInRegisters ? Tile::kRowBlocks : 1][Tile::kQueryInRegisters ? kSteps : 1][4];
     float scores[Tile::kRowBlocks][kKeyBlocks][4];  // then the probabilities, not yet normalised
     float out[Tile::kRowBlocks][kOutBlocks][4];
-    float row_max[Tile::kRowBlocks][2];  // of the raw scores
+    float row_shift[Tile::kRowBlocks][2];  // what the exponents are measured from
     float row_sum[Tile::kRowBlocks][2];  // this thread's columns only, until the end
 
     __device__ __forceinline__ void clear() {
@@ -199,7 +200,7 @@ struct Registers {
             for (int i = 0; i < kOutBlocks * 4; ++i) out[r][i / 4][i % 4] = 0;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                row_max[r][half] = -INFINITY;
+                row_shift[r][half] = kNoShift;
                 row_sum[r][half] = 0;
             }
         }
@@ -260,27 +261,28 @@ struct Registers {
 
     // Takes the tile into the row maxima, and scales what was summed under the old ones. Few tiles of a long row raise
     // a maximum, so the scaling is skipped where none of the warp's rows needs it.
-    __device__ __forceinline__ void raise_max(float scale_log2) {
-        float top[Tile::kRowBlocks][2];
+    __device__ __forceinline__ void raise_shift(float scale_log2) {
+        float shift[Tile::kRowBlocks][2];
         bool raised = false;
 #pragma unroll
         for (int r = 0; r < Tile::kRowBlocks; ++r)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float& best = top[r][half] = row_max[r][half];
+                float top = -INFINITY;
 #pragma unroll
-                for (int i = 0; i < kKeyBlocks * 2; ++i) best = fmaxf(best, scores[r][i / 2][2 * half + i % 2]);
-                best = fmaxf(best, shuffle_xor(best, 1));
-                best = fmaxf(best, shuffle_xor(best, 2));
-                raised |= best != row_max[r][half];
+                for (int i = 0; i < kKeyBlocks * 2; ++i) top = fmaxf(top, scores[r][i / 2][2 * half + i % 2]);
+                top = fmaxf(top, shuffle_xor(top, 1));
+                top = fmaxf(top, shuffle_xor(top, 2));
+                shift[r][half] = fmaxf(row_shift[r][half], shift_of(top, scale_log2));
+                raised |= shift[r][half] != row_shift[r][half];
             }
         if (ballot(raised) == 0) return;
 #pragma unroll
         for (int r = 0; r < Tile::kRowBlocks; ++r)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const float shrink = exp2_fast((row_max[r][half] - top[r][half]) * scale_log2);
-                row_max[r][half] = top[r][half];
+                const float shrink = exp2_fast(row_shift[r][half] - shift[r][half]);
+                row_shift[r][half] = shift[r][half];
                 row_sum[r][half] *= shrink;
 #pragma unroll
                 for (int i = 0; i < kOutBlocks * 2; ++i) out[r][i / 2][2 * half + i % 2] *= shrink;
@@ -293,11 +295,11 @@ struct Registers {
         for (int r = 0; r < Tile::kRowBlocks; ++r)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const float shift = row_max[r][half] * scale_log2;
+                const float shift = row_shift[r][half], scale = scale_of(shift, scale_log2);
 #pragma unroll
                 for (int i = 0; i < kKeyBlocks * 2; ++i) {
                     float& score = scores[r][i / 2][2 * half + i % 2];
-                    score = exp2_fast(score * scale_log2 - shift);
+                    score = exp2_fast(score * scale - shift);
                     row_sum[r][half] += score;
                 }
             }
@@ -329,37 +331,39 @@ struct Registers {
         }
     }
 
-    // out becomes the mean and row_max the log-sum-exp, base 2; 0 and −∞ where there was no key.
-    __device__ __forceinline__ void normalise(float scale_log2) {
+    // out becomes the mean, 0 where there was no key, and row_sum the whole row's.
+    __device__ __forceinline__ void normalise() {
 #pragma unroll
         for (int r = 0; r < Tile::kRowBlocks; ++r)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float sum = row_sum[r][half];
+                float& sum = row_sum[r][half];
                 sum += shuffle_xor(sum, 1);
                 sum += shuffle_xor(sum, 2);
                 const float inverse = sum == 0 ? 0 : 1 / sum;
-                row_max[r][half] = sum == 0 ? -INFINITY : row_max[r][half] * scale_log2 + log2f(sum);
 #pragma unroll
                 for (int i = 0; i < kOutBlocks * 2; ++i) out[r][i / 2][2 * half + i % 2] *= inverse;
             }
     }
 };
 
-inline constexpr float kLn2 = 0.693147180559945f;
-
-// lse of the warp's rows: natural log to the caller, base 2 to the merge.
+// Of the warp's rows: lse to the caller, shift and sum to the merge, which loses nothing of large logits.
 template <class Tile>
 __device__ __forceinline__ void store_lse(
-    const AttnArgs& args, const Work& work, const Registers<Tile>& registers, int first_row, int lane) {
+    const AttnArgs& args, const Work& work, const Registers<Tile>& registers, int first_row, int lane,
+    float scale_log2) {
     const AttnParams& p = args.params;
     const bool final = args.plan.splits == 1;
-    float* const lse = final ? p.lse : args.partial_lse + int64_t{work.split} * p.batch * p.heads * p.tokens;
+    const int64_t rows = int64_t{p.batch} * p.heads * p.tokens;
+    float* const to = final ? p.lse : args.partial_sums + 2 * work.split * rows;
 #pragma unroll
     for (int i = 0; i < Tile::kRowBlocks * 2; ++i) {
         const QueryRow at(args, work.kv_head, first_row + i * 8 + lane / 4);
-        const float value = registers.row_max[i / 2][i % 2] * (final ? kLn2 : 1.0f);
-        if (at.real && lane % 4 == 0) lse[(int64_t{work.batch} * p.heads + at.head) * p.tokens + at.token] = value;
+        if (!at.real || lane % 4 != 0) continue;
+        const int64_t row = (int64_t{work.batch} * p.heads + at.head) * p.tokens + at.token;
+        const float shift = registers.row_shift[i / 2][i % 2], sum = registers.row_sum[i / 2][i % 2];
+        to[row] = final ? log2_sum(shift, sum, scale_log2) * kLn2 : shift;
+        if (!final) to[rows + row] = sum;
     }
 }
 
@@ -432,7 +436,7 @@ __device__ __forceinline__ void attend(const AttnArgs& args, const Work& work, c
 
     Registers<Tile> registers;
     registers.clear();
-    const float scale_log2 = args.params.softmax_scale / kLn2;
+    const float scale_log2 = args.params.softmax_scale * kLog2E;
     for (int tile = 0; tile < work.key_tiles; ++tile) {
         cp_async_wait<Tile::kStages - 2>();
         team.barrier();  // this tile is there for all, and all are done with the one before
@@ -443,13 +447,13 @@ __device__ __forceinline__ void attend(const AttnArgs& args, const Work& work, c
         const SharedAddress k = ring + tile % Tile::kStages * Tile::kStageBytes;
         registers.score(queries, k, team.lane);
         if (named != Tile::kAllKeys) registers.mask(named, team.lane);
-        registers.raise_max(scale_log2);
+        registers.raise_shift(scale_log2);
         registers.exponentiate(scale_log2);
         registers.accumulate(k + Tile::kKeyBytes, team.lane);
     }
 
-    registers.normalise(scale_log2);
-    store_lse(args, work, registers, work.first_row + warp_row, team.lane);
+    registers.normalise();
+    store_lse(args, work, registers, work.first_row + warp_row, team.lane, scale_log2);
     if (args.plan.splits > 1) {
         store_partial(args, work, registers, work.first_row + warp_row, team.lane);
     } else {

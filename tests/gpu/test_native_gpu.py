@@ -15,7 +15,10 @@ from amskv_kernels.ops.backends.library import hopper
 sys.path.insert(0, str(Path(__file__).parents[1] / "host"))
 
 import cases
+import large_logits
 from cases import Case
+
+from amskv_kernels.ops import reference
 
 pytestmark = pytest.mark.skipif(library.why_not_loaded() is not None, reason=str(library.why_not_loaded()))
 
@@ -72,9 +75,25 @@ def test_portable_random(seed):
     check_on_a_gpu(torch.ops.amskv.attn_cuda, cases.random_case(seed, TOKENS, [64, 96, 128], pages=20))
 
 
+def check_large_logits(op, case: Case) -> None:
+    inputs = cases.make(case)
+    large_logits.enlarge(inputs.q, inputs.k, inputs.pages, case.seed)
+    truth, truth_lse = reference.attn(*(x.clone() for x in inputs.tables), inputs.scale)
+    out, lse = op(*(x.cuda() for x in inputs.tables), inputs.scale)
+    large_logits.check(out.cpu(), lse.cpu(), truth, truth_lse, float(inputs.v.abs().max()))
+
+
+LARGE_LOGITS = [c for n in (9, 100, 300) for c in cases.both_dtypes(Case(n=n, history=(16,) * 30))]
+
+
+@pytest.mark.parametrize("case", LARGE_LOGITS, ids=str)
+def test_portable_with_logits_of_every_size(case):
+    check_large_logits(torch.ops.amskv.attn_cuda, case)
+
+
 @pytest.fixture
 def needs_hopper():
-    if (reason := hopper.unavailable("cuda", forced=True)) is not None:
+    if (reason := hopper.unavailable(torch.device("cuda"), forced=True)) is not None:
         pytest.skip(reason)
 
 
@@ -95,6 +114,12 @@ def test_hopper_large(case):
 @pytest.mark.parametrize("seed", range(300))
 def test_hopper_random(seed):
     check_on_a_gpu(torch.ops.amskv.attn_hopper, cases.random_case(seed, TOKENS, [64, 128], pages=20, hopper=(128, 1)))
+
+
+@pytest.mark.usefixtures("needs_hopper")
+@pytest.mark.parametrize("case", LARGE_LOGITS, ids=str)
+def test_hopper_with_logits_of_every_size(case):
+    check_large_logits(torch.ops.amskv.attn_hopper, replace(case, hopper=(128, 1)))
 
 
 @pytest.mark.usefixtures("needs_hopper")

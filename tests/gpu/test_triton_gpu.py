@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import large_logits
 import pytest
 import torch
 from attn_cases import Case, make
@@ -97,6 +98,16 @@ def check_attn(args, device="cuda"):
 @pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
 def test_attn(case, dtype):
     check_attn(make(replace(case, dtype=dtype)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("case", [SMALL[2], LARGE[1], LARGE[4], LARGE[5], LARGE[6]], ids=str)
+def test_attn_with_logits_of_every_size(case, dtype):
+    args = make(replace(case, dtype=dtype))
+    large_logits.enlarge(args[0], args[1], args[3], seed=1)
+    truth = reference.attn(*args[:3], args[3].clone(), *args[4:])
+    out, lse = ops.attn(*on("cuda", *args))
+    large_logits.check(out.cpu(), lse.cpu(), *truth, float(args[2].abs().max()))
 
 
 def test_attn_on_500_random_calls(measured):

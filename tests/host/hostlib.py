@@ -22,8 +22,10 @@ CSRC = HERE.parents[1] / "csrc"
 BUILD = HERE.parents[1] / "build" / "host"
 KERNELS = ("portable/attn.cu", "hopper/attn.cu", "portable/append.cu", "common/plan.cpp")
 EXECUTOR = ("executor.cpp", "executor_async.cpp")
+# A GPU's compiler fuses multiplications with additions: so must this one, where the CPU can.
+FUSES = "fma" in Path("/proc/cpuinfo").read_text().split()
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
-         "-DTORCH_TARGET_VERSION=0x020a000000000000")  # fmt: skip
+         "-DTORCH_TARGET_VERSION=0x020a000000000000", *(("-mfma", "-ffp-contract=fast") if FUSES else ()))  # fmt: skip
 
 
 @cache

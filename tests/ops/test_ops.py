@@ -229,9 +229,9 @@ def test_debug_is_restored():
     from amskv_kernels import ops
 
     with amskv_kernels.debug():
-        assert ops.dispatch.settings["debug"]
+        assert ops.dispatch.settings().debug
         attn(*make(GOOD))
-    assert not ops.dispatch.settings["debug"]
+    assert not ops.dispatch.settings().debug
 
 
 def test_gradients_are_refused():

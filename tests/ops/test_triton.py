@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from zlib import crc32
 
+import large_logits
 import pytest
 import torch
 from attn_cases import Case, make, sdpa_error
@@ -30,7 +31,6 @@ from extra_cases import (
 import amskv_kernels
 from amskv_kernels import ops
 from amskv_kernels.ops import reference
-from amskv_kernels.ops.backends.triton import backend as triton_backend
 from amskv_kernels.ops.backends.triton.tiles import FAMILIES, LINES, Tile, attn_tile, split_count
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -127,6 +127,17 @@ def test_attn_in_shares(forced, on_gpu, monkeypatch, case):
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
+@pytest.mark.parametrize("case", [SMALL[2], LARGE[1], LARGE[4], LARGE[6]], ids=str)
+def test_attn_with_logits_of_every_size(forced, case, dtype):
+    """The interpreter fuses no multiplication with an addition, as a GPU does: tests/gpu has the same test."""
+    args = make(replace(case, dtype=dtype), seed_of(case))
+    large_logits.enlarge(args[0], args[1], args[3], seed=1)
+    truth = reference.attn(*args[:3], args[3].clone(), *args[4:])
+    large_logits.check(*torch.ops.amskv.attn(*args), *truth, float(args[2].abs().max()))
+
+
+@interpreted
 @pytest.mark.parametrize("layout", ["heads first", "batch inside", "unaligned", "broadcast queries"])
 @pytest.mark.parametrize("n", [3, 21])
 def test_attn_reads_any_strides(forced, layout, n):
@@ -215,7 +226,7 @@ def test_triton_serves_a_gpu_and_says_why_not_a_cpu(monkeypatch):
     assert ops.choose("attn", "cuda").backend == "triton"
     with amskv_kernels.backend("triton"), pytest.raises(RuntimeError, match="on the CPU it needs its interpreter"):
         ops.choose("attn", "cpu")
-    monkeypatch.setattr(triton_backend, "find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "triton", None)
     choice = ops.choose("attn", "cuda")
     assert choice.backend == "torch"
     assert choice.reason.endswith("triton: Triton is not installed")

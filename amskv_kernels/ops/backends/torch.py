@@ -1,49 +1,61 @@
 """The ops in plain PyTorch, on any device: gather the named rows, attend, store.
 
-It is what a CPU runs, and a GPU that has neither the CUDA library nor Triton.
+It is what a CPU without the native library runs, and a GPU that has neither the CUDA library nor Triton. Tables are
+read on the host and become rows of indices; a prepared call does so once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from amskv_kernels.ops.tables import check_keep, check_tables
+from amskv_kernels.ops.checks import DTYPES, PlannedAttn
 from amskv_kernels.planning.layout import ROWS_BITS, ROWS_MASK
+
+__all__ = ["DTYPES", "append", "attn", "compact", "prepare_qk", "prepared_attn", "unavailable", "window_scores"]
+
+Table = npt.NDArray[np.int64]
+
+
+def unavailable(device: torch.device, forced: bool) -> str | None:
+    """None: it serves every device."""
+    return None
 
 
 def attn(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
     read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `amskv_kernels.ops.attn`; tables are checked first where that costs no device wait."""
-    batch, n, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    if pages.device.type == "cpu":
-        check_tables(pages, arena, read_slots, write_slots, n)
-    history_k, history_v, hidden = _gather(pages, arena, read_slots)
-    keys = torch.cat([history_k, k.transpose(1, 2)], dim=2)  # [B, Hkv, N, D]
-    values = torch.cat([history_v, v.transpose(1, 2)], dim=2)
-    # No mask depends on the query, so a group's heads are just more query rows of its KV head.
-    if q.numel() == 0:
-        return q.new_empty(q.shape), q.new_empty(batch, heads, n, dtype=torch.float32)
-    grouped = q.view(batch, n, kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)  # [B, Hkv, G, n, D]
-    queries = grouped.reshape(batch, kv_heads, -1, head_dim)
-    bias = None
-    if hidden is not None:
-        bias = keys.new_zeros(batch, kv_heads, 1, keys.shape[2])
-        bias[..., : hidden.shape[-1]].masked_fill_(hidden[:, :, None], -torch.inf)
-    out, lse = _attend(queries, keys, values, bias, softmax_scale)
-    _store(k, v, pages, arena, write_slots)
-    out = out.view(batch, kv_heads, -1, n, head_dim).permute(0, 3, 1, 2, 4)
-    return out.reshape(batch, n, heads, head_dim).contiguous(), lse.reshape(batch, heads, n).contiguous()
+    """See `amskv_kernels.ops.attn`."""
+    pool, first = pages.view(1, -1, pages.shape[3]), _on_host(arena)
+    history = _History.of(first, read_slots, pages.shape[2], k.shape[1])
+    store = _Store.of(first, write_slots, pages.shape[2], k.shape[1])
+    return _attend(q, k, v, pool, pages.shape[2], history, store, softmax_scale)
+
+
+def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+    """`attn` with its indices worked out once; they count from an arena's first page, so that all arenas share them."""
+    pages, heads = call.pages, call.read_slots.shape[1]
+    arenas, page_size = call.arena.numel() // heads, pages.shape[2]
+    pool, first = pages.view(arenas, -1, pages.shape[3]), np.zeros((1, heads), dtype=np.int64)
+    history = _History.of(first, call.read_slots, page_size, call.n)
+    store = _Store.of(first, call.write_slots, page_size, call.n)
+
+    def ready(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+        return _attend(q, k, v, pool, page_size, history, store, softmax_scale)[0]
+
+    return ready
 
 
 def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:
     """See `amskv_kernels.ops.append`."""
-    if pages.device.type == "cpu":
-        check_tables(pages, arena, write_slots[..., :0], write_slots, k.shape[1])
-    _store(k, v, pages, arena, write_slots)
+    store = _Store.of(_on_host(arena), write_slots, pages.shape[2], k.shape[1])
+    store.run(k.transpose(1, 2), v.transpose(1, 2), pages.view(1, -1, pages.shape[3]), pages.shape[2])
 
 
 def prepare_qk(
@@ -66,16 +78,13 @@ def window_scores(
     q_window: Tensor, k: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, softmax_scale: float, mode: str
 ) -> Tensor:  # fmt: skip
     """See `amskv_kernels.ops.window_scores`."""
-    batch, window, _, head_dim = q_window.shape
-    kv_heads = k.shape[2]
-    if pages.device.type == "cpu":
-        check_tables(pages, arena, read_slots, read_slots[..., :0], k.shape[1])
+    kv_heads, head_dim = k.shape[2:]
     first, named = _padded_rows(pages, arena, read_slots)
     history = pages.view(-1, head_dim)[torch.where(named, first, 0)]
     keys = torch.cat([history, k.transpose(1, 2)], dim=2).float()  # [B, Hkv, N, D]
-    grouped = q_window.float().view(batch, window, kv_heads, -1, head_dim).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    grouped = q_window.float().unflatten(2, (kv_heads, -1)).permute(0, 2, 1, 3, 4).flatten(2, 3)
     logits = (grouped @ keys.mT) * softmax_scale  # [B, Hkv, W·G, N]
-    absent = torch.cat([~named, named.new_zeros(batch, kv_heads, k.shape[1])], dim=2)[:, :, None]
+    absent = torch.nn.functional.pad(~named, (0, k.shape[1]))[:, :, None]
     logits = logits.masked_fill(absent, -torch.inf)
     if mode == "softmax":
         logits = logits.softmax(-1)
@@ -87,8 +96,6 @@ def compact(
 ) -> None:  # fmt: skip
     """See `amskv_kernels.ops.compact`."""
     n, head_dim, page_size = k.shape[1], k.shape[3], pages.shape[2]
-    if pages.device.type == "cpu":
-        check_keep(pages, arena, src_slots, keep, dst_slots, n)
     first, _ = _padded_rows(pages, arena, src_slots)
     keep, history = keep.long(), first.shape[2]
     paged = keep < history
@@ -97,8 +104,122 @@ def compact(
     pool, kept = pages.view(-1, head_dim), []
     for x, shift in ((k, 0), (v, page_size)):
         rows = x.transpose(1, 2).gather(2, current) if n else x.new_zeros(current.shape)
-        kept.append(torch.where(paged[..., None], pool[source + shift], rows).transpose(1, 2))
-    _store(kept[0], kept[1], pages, arena, dst_slots)
+        kept.append(torch.where(paged[..., None], pool[source + shift], rows))
+    store = _Store.of(_on_host(arena), dst_slots, page_size, keep.shape[2])
+    store.run(kept[0], kept[1], pages.view(1, -1, head_dim), page_size)
+
+
+class _History(NamedTuple):
+    """The rows to gather, as indices into each equal part of the pool.
+
+    Attributes:
+        rows: of K, V's are a page size further; the `held` of each table side by side, each followed by n of any
+            row where there are several: the gathered rows are then a buffer that has room for the current ones.
+        held: columns that any table names.
+        hidden: which of them a table does not name, None where all name all.
+    """
+
+    rows: Tensor
+    held: int
+    hidden: Tensor | None
+
+    @classmethod
+    def of(cls, first: Table, slots: Tensor, page_size: int, n: int) -> _History:
+        entries = _on_host(slots)
+        row = np.arange(page_size)
+        named = (row < (entries & ROWS_MASK)[..., None]).reshape(*entries.shape[:2], entries.shape[2] * page_size)
+        columns = np.flatnonzero(named.any((0, 1)))
+        named = named[..., columns]
+        page = first[..., None] + (entries >> ROWS_BITS)[..., columns // page_size]
+        index = np.where(named, page * (2 * page_size) + columns % page_size, 0)
+        if first.size > 1:
+            index = np.pad(index, ((0, 0), (0, 0), (0, n)))
+        hidden = None if named.all() else torch.from_numpy(~named).to(slots.device)
+        return cls(torch.from_numpy(index.ravel()).to(slots.device), len(columns), hidden)
+
+
+class _Store(NamedTuple):
+    """The rows to write, as indices into each equal part of the pool, and what becomes zero.
+
+    Attributes:
+        target: rows of K, V's are a page size further.
+        source: the current row that each takes, tables side by side; None where they take all of them in order.
+        blank: rows of K that become zero.
+    """
+
+    target: Tensor
+    source: Tensor | None
+    blank: Tensor
+
+    @classmethod
+    def of(cls, first: Table, slots: Tensor, page_size: int, n: int) -> _Store:
+        entries = _on_host(slots)
+        rows = entries & ROWS_MASK
+        row = np.arange(page_size)
+        before = rows.cumsum(-1) - rows - (rows.sum(-1, keepdims=True) - n)
+        tables = n * np.arange(first.size).reshape(*first.shape, 1, 1)
+        target = (first[..., None] + (entries >> ROWS_BITS))[..., None] * (2 * page_size) + row  # [·, ·, S, page_size]
+        new = before[..., None] + row
+        own, past = (row < rows[..., None]) & (new >= 0), (row >= rows[..., None]) & (rows[..., None] > 0)
+        own, past, source = (np.broadcast_to(x, target.shape) for x in (own, past, new))
+        source = (tables + source)[own]
+        everything = np.array_equal(source, np.arange(n * first.size))
+        device = slots.device
+        found = (torch.from_numpy(x).to(device) for x in (target[own], source, target[past]))
+        target_rows, source_rows, blank = found
+        return cls(target_rows, None if everything else source_rows, blank)
+
+    def run(self, k: Tensor, v: Tensor, pool: Tensor, page_size: int) -> None:
+        """Store rows of k, v (B, Hkv, n, D) in the pool (parts, rows, D)."""
+        if self.target.numel() == 0:
+            return
+        for x, shift in ((k, 0), (v, page_size)):
+            rows = x.reshape(pool.shape[0], -1, pool.shape[2])
+            if self.source is not None:
+                rows = rows.index_select(1, self.source)
+            pool.index_copy_(1, self.target + shift, rows)
+            pool.index_fill_(1, self.blank + shift, 0)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, pool: Tensor, page_size: int, history: _History, store: _Store, scale: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and log-sum-exp; history and current rows are copied once, into the buffers that attention reads."""
+    (batch, n, heads, head_dim), kv_heads, held = q.shape, k.shape[2], history.held
+    buffers = k.new_empty(2, batch, kv_heads, held + n, head_dim)
+    for buffer, x, shift in ((buffers[0], k, 0), (buffers[1], v, page_size)):
+        if held:
+            gathered = buffer.view(pool.shape[0], -1, head_dim)[:, : history.rows.numel()]
+            torch.index_select(pool, 1, history.rows + shift, out=gathered)
+            if history.hidden is not None:  # 0 · NaN is NaN: what is not named must not be there at all
+                buffer[:, :, :held].masked_fill_(history.hidden[..., None], 0)
+        buffer[:, :, held:].copy_(x.transpose(1, 2))
+    # No mask depends on the query, so a group's heads are just more query rows of its KV head.
+    queries = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
+    bias = None
+    if history.hidden is not None:
+        bias = k.new_zeros(batch, kv_heads, 1, held + n)
+        bias[..., :held].masked_fill_(history.hidden[:, :, None], -torch.inf)
+    out, lse = _softmax(queries, buffers[0], buffers[1], bias, scale)
+    store.run(buffers[0, :, :, held:], buffers[1, :, :, held:], pool, page_size)
+    out = out.view(batch, kv_heads, -1, n, head_dim).permute(0, 3, 1, 2, 4)
+    return out.reshape(batch, n, heads, head_dim).contiguous(), lse.reshape(batch, heads, n).contiguous()
+
+
+def _softmax(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softmax_scale: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention with its log-sum-exp, which the public scaled_dot_product_attention does not give."""
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, attn_mask=bias, scale=softmax_scale
+        )
+        return out, lse.float()
+    scores = (q.float() @ k.float().mT) * softmax_scale
+    if bias is not None:
+        scores = scores + bias
+    lse = scores.logsumexp(-1)
+    return ((scores - lse[..., None]).exp() @ v.float()).to(q.dtype), lse
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -116,61 +237,5 @@ def _padded_rows(pages: Tensor, arena: Tensor, slots: Tensor) -> tuple[Tensor, T
     return first, (row < (slots & ROWS_MASK)[..., None]).flatten(2).expand_as(first)
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softmax_scale: float
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention with its log-sum-exp, which the public scaled_dot_product_attention does not give."""
-    if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, attn_mask=bias, scale=softmax_scale
-        )
-        return out, lse.float()
-    scores = (q.float() @ k.float().mT) * softmax_scale
-    if bias is not None:
-        scores = scores + bias
-    lse = scores.logsumexp(-1)
-    return ((scores - lse[..., None]).exp() @ v.float()).to(q.dtype), lse
-
-
-def _gather(pages: Tensor, arena: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Named rows as K, V (B, Hkv, N, D), and which of them (B, Hkv, N) a sequence-and-head does not name."""
-    page_size = pages.shape[2]
-    row = torch.arange(page_size, device=slots.device)
-    named = (row < (slots & ROWS_MASK)[..., None]).flatten(2)  # [B|1, Hkv|1, S·page_size]
-    columns = named.any(0).any(0).nonzero()[:, 0]
-    named = named[..., columns]
-    page = arena.long()[:, :, None] + (slots >> ROWS_BITS)[..., columns // page_size]
-    named = named.expand_as(page)
-    ragged = not bool(named.all())
-    first = page * (2 * page_size) + columns % page_size  # row of K in the pool; V's is page_size further
-    if ragged:
-        first = torch.where(named, first, 0)
-    rows = pages.view(-1, pages.shape[3])
-    found = [rows.index_select(0, i.flatten()).view(*page.shape, rows.shape[1]) for i in (first, first + page_size)]
-    if ragged:  # 0 · NaN is NaN: what is not named must not be there at all
-        found = [x.masked_fill(~named[..., None], 0) for x in found]
-    return found[0], found[1], ~named if ragged else None
-
-
-def _store(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, slots: Tensor) -> None:
-    """Write k, v row by row where the slots say, and zeros into the rest of every page written."""
-    if slots.shape[-1] == 0:
-        return
-    (batch, n, kv_heads, head_dim), page_size = k.shape, pages.shape[2]
-    rows = (slots & ROWS_MASK).long()
-    row = torch.arange(page_size, device=slots.device)
-    before = rows.cumsum(-1) - rows - (rows.sum(-1, keepdim=True) - n)
-    source = before[..., None] + row  # [B|1, Hkv|1, S, page_size], index into k's rows
-    zero = row >= rows[..., None]
-    written = (rows[..., None] > 0) & (zero | (source >= 0))
-    source = torch.where(zero, n, source).expand(batch, kv_heads, -1, -1)
-    page = arena.long()[:, :, None] + (slots >> ROWS_BITS)
-    target = page[..., None] * (2 * page_size) + row
-    written = written.expand_as(target)
-    b, h = torch.arange(batch, device=k.device), torch.arange(kv_heads, device=k.device)
-    head = (b[:, None] * kv_heads + h)[..., None, None] * (n + 1)
-    flat_target, flat_source = target[written], (head + source)[written]
-    pool = pages.view(-1, head_dim)
-    for x, shift in ((k, 0), (v, page_size)):
-        padded = torch.cat([x.transpose(1, 2), x.new_zeros(batch, kv_heads, 1, head_dim)], dim=2)
-        pool.index_copy_(0, flat_target + shift, padded.view(-1, head_dim).index_select(0, flat_source))
+def _on_host(table: Tensor) -> npt.NDArray[Any]:
+    return table.cpu().numpy().astype(np.int64, copy=False)

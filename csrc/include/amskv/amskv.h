@@ -55,7 +55,7 @@ struct AttnParams {
     SlotTable write;      // takes the rows of k, v in order; count 0 stores nothing
     void* out;            // (B, n, H, D) contiguous, 16-byte aligned
     float* lse;           // (B, H, n), natural log
-    float softmax_scale;  // finite, above 0
+    float softmax_scale;  // finite, above 0; logits are exact up to 1.8 · 10⁸, see csrc/common/softmax.cuh
     int32_t batch, tokens, heads, kv_heads, head_dim;
     DType dtype;
 };

@@ -6,22 +6,26 @@ so the other rows of a page named in part must be finite; `attn`, `append` and `
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from amskv_kernels.ops.backends.library import portable
+from amskv_kernels.ops.checks import PlannedAttn
 
 CAPABILITY = (9, 0)  # wgmma exists there and nowhere else
 TESTED = False  # whether a test report from a Hopper GPU is committed; until then it serves only when forced
 
+DTYPES, CHECKS_ITSELF = portable.DTYPES, portable.CHECKS_ITSELF
 append = portable.append
 
 
-def unavailable(device_type: str, forced: bool) -> str | None:
-    """Why the Hopper kernel does not serve tensors on `device_type`, None if it does."""
-    if (reason := portable.unavailable(device_type, forced=True)) is not None:
+def unavailable(device: torch.device, forced: bool) -> str | None:
+    """Why the Hopper kernel does not serve tensors on this device, None if it does."""
+    if (reason := portable.unavailable(device, forced=True)) is not None:
         return reason
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(device)
     if capability != CAPABILITY:
         return f"needs compute capability 9.0; this GPU has {capability[0]}.{capability[1]}"
     return None if forced or TESTED else "not yet tested on a Hopper GPU"
@@ -33,3 +37,8 @@ def attn(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `amskv_kernels.ops.attn`; fp16 and bf16."""
     return torch.ops.amskv.attn_hopper(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
+
+
+def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+    """`attn` as one dispatcher call; the op checks its arguments in C++."""
+    return portable.planned(torch.ops.amskv.attn_hopper.default, call)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from amskv_kernels.ops.backends.library import why_not_loaded
+from amskv_kernels.ops.checks import PlannedAttn
 
 # Compute capabilities on which the library's kernels are the default: those with a test report from a GPU.
 TESTED_CAPABILITIES: frozenset[tuple[int, int]] = frozenset()
+DTYPES = (torch.float16, torch.bfloat16)
+CHECKS_ITSELF = True
 
 
-def unavailable(device_type: str, forced: bool) -> str | None:
-    """Why the library does not serve tensors on `device_type`, None if it does."""
-    if device_type != "cuda":
-        return f"serves CUDA tensors, not {device_type}"
+def unavailable(device: torch.device, forced: bool) -> str | None:
+    """Why the library does not serve tensors on this device, None if it does."""
+    if device.type != "cuda":
+        return f"serves CUDA tensors, not {device.type}"
     if (reason := why_not_loaded()) is not None:
         return reason
     if not torch.cuda.is_available():
         return "no CUDA device is visible to this torch"
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(device)
     if not forced and capability not in TESTED_CAPABILITIES:
         return f"not yet tested on compute capability {capability[0]}.{capability[1]}"
     return None
@@ -31,6 +36,22 @@ def attn(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `amskv_kernels.ops.attn`; fp16 and bf16."""
     return torch.ops.amskv.attn_cuda(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
+
+
+def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+    """`attn` as one dispatcher call; the op checks its arguments in C++."""
+    return planned(torch.ops.amskv.attn_cuda.default, call)
+
+
+def planned(op: torch._ops.OpOverload, call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+    """An op of the library with what a plan knows filled in."""
+    pages, arena, read_slots, write_slots, _ = call
+
+    def ready(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+        out: Tensor = op(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)[0]
+        return out
+
+    return ready
 
 
 def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:

@@ -14,6 +14,8 @@ time, which the loop has just brought into L2; keeping the store out of the loop
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,20 +24,25 @@ from torch import Tensor
 
 from amskv_kernels.ops.backends.triton.attn_packed import attn_packed_kernel
 from amskv_kernels.ops.backends.triton.common import (
+    NO_SHIFT,
     SLOT_BLOCK,
     SLOT_MASK,
+    Start,
     describe,
     finished,
     on_device,
     padded,
     page_offset,
     product,
+    scale_of,
+    shift_of,
     store_page,
     table_strides,
 )  # fmt: skip
 from amskv_kernels.ops.backends.triton.tiles import attn_tile, split_count
+from amskv_kernels.ops.checks import PlannedAttn
 
-NO_SPECIAL = ["stride_rb", "stride_rh", "stride_wb", "stride_wh", "n", "S", "S_w", "tiles_m"]
+NO_SPECIAL = ["stride_rb", "stride_rh", "stride_wb", "stride_wh", "n", "S", "S_w", "kv_heads", "tiles_m", "splits"]
 
 
 @triton.jit
@@ -82,7 +89,7 @@ def key_rows(
 
 @triton.jit
 def attend_tile(
-    b_q, b_acc, b_sum, b_max, b_pk, b_pv, b_there, scale_log2,
+    b_q, b_acc, b_sum, b_shift, b_pk, b_pv, b_there, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of online softmax, in powers of two; MASKED if some of the tile's rows may not be there."""
@@ -102,18 +109,18 @@ def attend_tile(
     b_s = product(b_q, tl.trans(b_k), tl.zeros([b_q.shape[0], b_k.shape[0]], tl.float32))  # [BM, BN]
     if MASKED:
         b_s = tl.where(b_there[None, :], b_s, float("-inf"))
-    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
-    b_ref = tl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new  # no key yet: −inf − −inf is NaN
-    b_p = tl.exp2(b_s * scale_log2 - b_ref[:, None])
-    b_decay = tl.exp2(b_max - b_ref)
+    b_new = tl.maximum(b_shift, shift_of(tl.max(b_s, 1), scale_log2))
+    b_decay = tl.exp2(b_shift - b_new)
+    b_acc = b_acc * b_decay[:, None]
+    b_p = tl.exp2(b_s * scale_of(b_new, scale_log2)[:, None] - b_new[:, None])
     b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-    b_acc = product(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None])
+    b_acc = product(b_p.to(b_v.dtype), b_v, b_acc)
     return b_acc, b_sum, b_new
 
 
 @triton.jit
 def attend_tiles(
-    start, end, tiles_h, first_h, first_c, b_q, b_acc, b_sum, b_max,
+    start, end, tiles_h, first_h, first_c, b_q, b_acc, b_sum, b_shift,
     p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_slots, S, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, PS: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -127,8 +134,8 @@ def attend_tiles(
         i_t = tl.where(history, i + first_h, i - tiles_h + first_c)
         b_pk, b_pv, b_row = key_rows(i_t, history, slot, p_k, p_v, stride_kn, stride_vn, n, pages, page0, D, PS, BN)
         slot = tile_slots(i + 1 + first_h, i + 1 < tiles_h, p_slots, S, PS, BN)
-        b_acc, b_sum, b_max = attend_tile(b_q, b_acc, b_sum, b_max, b_pk, b_pv, b_row, scale_log2, D, BD, MASKED)
-    return b_acc, b_sum, b_max
+        b_acc, b_sum, b_shift = attend_tile(b_q, b_acc, b_sum, b_shift, b_pk, b_pv, b_row, scale_log2, D, BD, MASKED)
+    return b_acc, b_sum, b_shift
 
 
 @triton.jit
@@ -142,18 +149,18 @@ def attend_range(
         full_h, full_c = full_tiles(p_slots, S, PS, BN), n // BN
     b_acc = tl.zeros([BM, BD], tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
-    b_max = tl.full([BM], float("-inf"), tl.float32)
+    b_shift = tl.full([BM], NO_SHIFT, tl.float32)
     if FULL_FIRST:
-        b_acc, b_sum, b_max = attend_tiles(
-            start, tl.minimum(end, full_h + full_c), full_h, 0, 0, b_q, b_acc, b_sum, b_max,
+        b_acc, b_sum, b_shift = attend_tiles(
+            start, tl.minimum(end, full_h + full_c), full_h, 0, 0, b_q, b_acc, b_sum, b_shift,
             p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_slots, S, scale_log2, D, BD, PS, BN, False,
         )  # fmt: skip
         start = tl.maximum(start, full_h + full_c)
-    b_acc, b_sum, b_max = attend_tiles(
-        start - full_h - full_c, end - full_h - full_c, tiles_h - full_h, full_h, full_c, b_q, b_acc, b_sum, b_max,
+    b_acc, b_sum, b_shift = attend_tiles(
+        start - full_h - full_c, end - full_h - full_c, tiles_h - full_h, full_h, full_c, b_q, b_acc, b_sum, b_shift,
         p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_slots, S, scale_log2, D, BD, PS, BN, True,
     )  # fmt: skip
-    return b_acc, b_sum, b_max
+    return b_acc, b_sum, b_shift
 
 
 @triton.jit(do_not_specialize=NO_SPECIAL)
@@ -161,18 +168,22 @@ def attn_kernel(
     q, k, v, pages, arena, read_slots, write_slots, out, lse,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_rb, stride_rh, stride_wb, stride_wh,
-    n, S, S_w, tiles_m, scale_log2,
+    n, S, S_w, kv_heads, scale_log2, tiles_m, splits,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FULL_FIRST: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (splits · tiles of n · G rows, KV heads, B); with SPLIT, out and lse have a leading `splits` in fp32."""
-    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    kv_heads = tl.num_programs(1)
-    i_out, i_store, step = i_b, i_m, tl.num_programs(0)
+    """Grid (splits · tiles of n · G rows · KV heads · B,): only the first dimension of a grid may pass 65,535.
+
+    With SPLIT, out and lse have a leading `splits` in fp32.
+    """
+    step = splits * tiles_m  # programs of a head
+    i_m, i_bh = tl.program_id(0) % step, tl.program_id(0) // step
+    i_h, i_b = i_bh % kv_heads, (i_bh // kv_heads).to(tl.int64)
+    i_out, i_store = i_b, i_m
     if SPLIT:
         i_split = i_m // tiles_m
         i_m %= tiles_m
-        i_out += i_split.to(tl.int64) * tl.num_programs(2)  # splits · B come first
+        i_out += i_split.to(tl.int64) * (tl.num_programs(0) // (step * kv_heads))  # splits · B come first
 
     o_m = i_m * BM + tl.arange(0, BM)
     o_n, o_g = o_m // G, i_h * G + o_m % G  # query row and head of each row of the tile
@@ -189,14 +200,14 @@ def attn_kernel(
     tiles_h = tl.cdiv(S * PS, BN)
     start, end = 0, tiles_h + tl.cdiv(n, BN)
     if SPLIT:
-        share = tl.cdiv(end, tl.num_programs(0) // tiles_m)
+        share = tl.cdiv(end, splits)
         start = i_split * share
         end = tl.minimum(start + share, end)
-    b_acc, b_sum, b_max = attend_range(
+    b_acc, b_sum, b_shift = attend_range(
         start, end, tiles_h, b_q, p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_read, S, scale_log2,
         D, BD, PS, BM, BN, FULL_FIRST,
     )  # fmt: skip
-    b_acc, b_lse = finished(b_acc, b_sum, b_max)
+    b_acc, b_lse = finished(b_acc, b_sum, b_shift, scale_log2)
     heads = kv_heads * G
     p_out = out + i_out * n * heads * D + ((o_n * heads + o_g).to(tl.int64) * D)[:, None] + o_d[None, :]
     tl.store(p_out, b_acc.to(out.dtype.element_ty), mask=b_in)
@@ -234,10 +245,79 @@ def attn_merge_kernel(
         b_sum += b_weight
         o_part += rows
         o_lse += rows
-    b_some = b_sum > 0.0
+    b_some = b_sum != 0.0  # NaN too
     b_acc = b_acc / tl.where(b_some, b_sum, 1.0)[:, None]
     tl.store(out + o_row[:, None] * D + o_d[None, :], b_acc.to(out.dtype.element_ty), mask=b_in)
     tl.store(lse + o_lse - o_part + o_row, tl.where(b_some, b_ref + tl.log(b_sum), float("-inf")), mask=b_there)
+
+
+MOST_LAYOUTS = 8  # that a prepared call remembers: a model uses one
+
+
+class Launch(NamedTuple):
+    """A call of `attn` but for its pointers.
+
+    Attributes:
+        start: the kernel on its grid; takes the tensors, then `scalars`.
+        scalars: strides, lengths and the scale, then whatever else the kernel takes.
+        splits: shares of a head's keys; a second kernel merges more than one.
+    """
+
+    start: Callable[..., Any]
+    scalars: tuple[Any, ...]
+    splits: int
+
+
+def plan_launch(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, read_slots: Tensor, write_slots: Tensor, softmax_scale: float
+) -> Launch:  # fmt: skip
+    """How a call is cut and launched, from shapes, strides and the device alone."""
+    (batch, n, heads, head_dim), (kv_heads, page_size, entries) = (
+        q.shape,
+        (k.shape[2], pages.shape[2], read_slots.shape[2]),
+    )
+    device, group = describe(q.device), heads // kv_heads
+    tile = attn_tile(device.arch, head_dim, q.element_size(), n * group, entries)
+    scalars = (
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *table_strides(read_slots), *table_strides(write_slots),
+        n, entries, write_slots.shape[2], kv_heads, softmax_scale / math.log(2),
+    )  # fmt: skip
+    meta = {
+        "G": group, "D": head_dim, "BD": padded(head_dim), "PS": page_size, "BM": tile.block_m, "BN": tile.block_n,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+        "maxnreg": None if tile.heads > 1 and group > 1 else tile.registers,
+        "enable_fp_fusion": True,
+    }  # fmt: skip
+    if tile.heads > 1:
+        grid = (triton.cdiv(kv_heads, tile.heads) * batch, 1, 1)
+        return Launch(Start(attn_packed_kernel, grid, meta | {"HP": tile.heads}), scalars, 1)
+    tiles_m = triton.cdiv(n * group, tile.block_m)
+    tiles_n = triton.cdiv(entries * page_size, tile.block_n) + triton.cdiv(n, tile.block_n)
+    splits = split_count(tiles_m * kv_heads * batch, tiles_n, device.processors)
+    meta |= {"FULL_FIRST": tile.full_first, "SPLIT": splits > 1}
+    grid = (splits * tiles_m * kv_heads * batch, 1, 1)
+    return Launch(Start(attn_kernel, grid, meta), (*scalars, tiles_m, splits), splits)
+
+
+def run_launch(launch: Launch, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Launch for q, k, v, pages, arena, read_slots, write_slots: out and lse."""
+    q, splits = tensors[0], launch.splits
+    batch, n, heads, head_dim = q.shape
+    out = q.new_empty(batch, n, heads, head_dim)
+    lse = q.new_empty(batch, heads, n, dtype=torch.float32)
+    with on_device(q):
+        if splits == 1:
+            launch.start(*tensors, out, lse, *launch.scalars)
+            return out, lse
+        part = q.new_empty(splits, batch, n, heads, head_dim, dtype=torch.float32)
+        part_lse = q.new_empty(splits, batch, heads, n, dtype=torch.float32)
+        launch.start(*tensors, part, part_lse, *launch.scalars)
+        rows = batch * n * heads
+        # 16 rows of 4 warps: 32 … 64 bytes a lane. Not yet measured; the pass is short and bound by bandwidth.
+        attn_merge_kernel[triton.cdiv(rows, 16),](
+            part, part_lse, out, lse, rows, n, heads, splits, D=head_dim, BD=padded(head_dim), BR=16, num_warps=4
+        )
+    return out, lse
 
 
 def attn(
@@ -245,54 +325,24 @@ def attn(
     read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `amskv_kernels.ops.attn`."""
-    batch, n, heads, head_dim = q.shape
-    out = q.new_empty(batch, n, heads, head_dim)
-    lse = q.new_empty(batch, heads, n, dtype=torch.float32)
-    if out.numel() == 0:
-        return out, lse
-    device = describe(q.device)
-    kv_heads, page_size, entries = k.shape[2], pages.shape[2], read_slots.shape[2]
-    group = heads // kv_heads
-    tile = attn_tile(device.arch, head_dim, q.element_size(), n * group, entries)
-    tensors = (q, k, v, pages, arena, read_slots, write_slots)
-    strides = (
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *table_strides(read_slots), *table_strides(write_slots)
-    )  # fmt: skip
-    lengths = (n, entries, write_slots.shape[2])
-    scale = softmax_scale / math.log(2)
-    meta = {
-        "G": group, "D": head_dim, "BD": padded(head_dim), "PS": page_size, "BM": tile.block_m, "BN": tile.block_n,
-        "num_warps": tile.warps, "num_stages": tile.stages,
-        "maxnreg": None if tile.heads > 1 and group > 1 else tile.registers,
-        "enable_fp_fusion": True,
-    }  # fmt: skip
-    with on_device(q):
-        if tile.heads > 1:
-            groups = triton.cdiv(kv_heads, tile.heads)
-            attn_packed_kernel[groups * batch,](
-                *tensors, out, lse, *strides, *lengths, kv_heads, scale, HP=tile.heads, **meta
-            )
-            return out, lse
-        tiles_m = triton.cdiv(n * group, tile.block_m)
-        tiles_n = triton.cdiv(entries * page_size, tile.block_n) + triton.cdiv(n, tile.block_n)
-        splits = split_count(tiles_m * kv_heads * batch, tiles_n, device.processors)
-        part, part_lse = out, lse
-        if splits > 1:
-            part = q.new_empty(splits, batch, n, heads, head_dim, dtype=torch.float32)
-            part_lse = q.new_empty(splits, batch, heads, n, dtype=torch.float32)
-        attn_kernel[splits * tiles_m, kv_heads, batch](
-            *tensors, part, part_lse, *strides, *lengths, tiles_m, scale,
-            FULL_FIRST=tile.full_first, SPLIT=splits > 1, **meta,
-        )  # fmt: skip
-        if splits > 1:
-            _merge(part, part_lse, out, lse)
-    return out, lse
+    launch = plan_launch(q, k, v, pages, read_slots, write_slots, softmax_scale)
+    return run_launch(launch, (q, k, v, pages, arena, read_slots, write_slots))
 
 
-def _merge(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
-    batch, n, heads, head_dim = out.shape
-    rows = batch * n * heads
-    # 16 rows of 4 warps: 32 … 64 bytes a lane. Not yet measured; the pass is short and bound by bandwidth.
-    attn_merge_kernel[triton.cdiv(rows, 16),](
-        part, part_lse, out, lse, rows, n, heads, part.shape[0], D=head_dim, BD=padded(head_dim), BR=16, num_warps=4
-    )
+def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+    """`attn` with its launch worked out once for each layout of q, k and v: strides and 16-byte alignment."""
+    tables = (call.pages, call.arena, call.read_slots, call.write_slots)
+    known: dict[tuple[object, ...], Launch] = {}
+
+    def ready(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+        unaligned = q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16
+        layout = (q.shape[2], q.stride(), k.stride(), v.stride(), unaligned, softmax_scale)
+        launch = known.get(layout)
+        if launch is None:
+            if len(known) == MOST_LAYOUTS:
+                known.clear()
+            launch = plan_launch(q, k, v, call.pages, call.read_slots, call.write_slots, softmax_scale)
+            known[layout] = launch
+        return run_launch(launch, (q, k, v, *tables))[0]
+
+    return ready

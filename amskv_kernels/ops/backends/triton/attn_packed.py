@@ -14,21 +14,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from amskv_kernels.ops.backends.triton.common import SLOT_MASK, finished, page_offset, product
+from amskv_kernels.ops.backends.triton.common import (
+    NO_SHIFT,
+    SLOT_MASK,
+    finished,
+    page_offset,
+    product,
+    scale_of,
+    shift_of,
+)
 
 
 @triton.jit
-def attend_heads(b_q, b_k, b_v, b_there, b_acc, b_sum, b_max, scale_log2):
+def attend_heads(b_q, b_k, b_v, b_there, b_acc, b_sum, b_shift, scale_log2):
     """One step of online softmax for HP heads; b_there [HP, BN]."""
     b_zero = tl.zeros([b_q.shape[0], b_q.shape[1], b_k.shape[1]], tl.float32)
     b_s = product(b_q, tl.trans(b_k, 0, 2, 1), b_zero)  # [HP, BM, BN]
     b_s = tl.where(b_there[:, None, :], b_s, float("-inf"))
-    b_new = tl.maximum(b_max, tl.max(b_s, 2) * scale_log2)
-    b_ref = tl.where(b_new == float("-inf"), 0.0, b_new)
-    b_p = tl.exp2(b_s * scale_log2 - b_ref[:, :, None])
-    b_decay = tl.exp2(b_max - b_ref)
+    b_new = tl.maximum(b_shift, shift_of(tl.max(b_s, 2), scale_log2))
+    b_decay = tl.exp2(b_shift - b_new)
+    b_acc = b_acc * b_decay[:, :, None]
+    b_p = tl.exp2(b_s * scale_of(b_new, scale_log2)[:, :, None] - b_new[:, :, None])
     b_sum = b_sum * b_decay + tl.sum(b_p, 2)
-    b_acc = product(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, :, None])
+    b_acc = product(b_p.to(b_v.dtype), b_v, b_acc)
     return b_acc, b_sum, b_new
 
 
@@ -107,8 +115,8 @@ def attn_packed_kernel(
 
     b_acc = tl.zeros([HP, BM, BD], tl.float32)
     b_sum = tl.zeros([HP, BM], tl.float32)
-    b_max = tl.full([HP, BM], float("-inf"), tl.float32)
-    b_acc, b_sum, b_max = attend_heads(b_q, b_k, b_v, b_there, b_acc, b_sum, b_max, scale_log2)
+    b_shift = tl.full([HP, BM], NO_SHIFT, tl.float32)
+    b_acc, b_sum, b_shift = attend_heads(b_q, b_k, b_v, b_there, b_acc, b_sum, b_shift, scale_log2)
     for i_s in range(0, S):
         rows = slot & SLOT_MASK
         p_page = pages + page_offset(page0, slot, PS, D)
@@ -120,9 +128,9 @@ def attn_packed_kernel(
             p_row = p_page[:, None, None] + (o_r * D)[None, :, None] + o_d[None, None, :]
             b_hk = tl.load(p_row, mask=b_load, other=0.0)
             b_hv = tl.load(p_row + PS * D, mask=b_load, other=0.0)
-            b_acc, b_sum, b_max = attend_heads(b_q, b_hk, b_hv, b_there, b_acc, b_sum, b_max, scale_log2)
+            b_acc, b_sum, b_shift = attend_heads(b_q, b_hk, b_hv, b_there, b_acc, b_sum, b_shift, scale_log2)
 
-    b_acc, b_lse = finished(b_acc, b_sum, b_max)
+    b_acc, b_lse = finished(b_acc, b_sum, b_shift, scale_log2)
     heads = kv_heads * G
     p_out = out + ((i_b * n + o_i)[None, :, None] * heads + o_g[:, :, None]) * D + o_d[None, None, :]
     tl.store(p_out, b_acc.to(out.dtype.element_ty), mask=b_row[:, :, None] & b_d)

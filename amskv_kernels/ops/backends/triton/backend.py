@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
+import shutil
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
+from amskv_kernels.ops.checks import DTYPES, PlannedAttn
 
-def unavailable(device_type: str, forced: bool) -> str | None:
-    """Why Triton cannot serve calls on a device type, None if it can.
+__all__ = ["DTYPES", "append", "attn", "compact", "prepare_qk", "prepared_attn", "unavailable", "window_scores"]
+
+
+def unavailable(device: torch.device, forced: bool) -> str | None:
+    """Why Triton cannot serve calls on a device, None if it can.
 
     On the CPU its interpreter runs the kernels, for tests: only if it is on (TRITON_INTERPRET=1) and forced.
     """
-    if find_spec("triton") is None:
-        return "Triton is not installed"
-    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cpu" and not interpreted:
         return "on the CPU it needs its interpreter (TRITON_INTERPRET=1)"
-    if device_type == "cpu" and not forced:
+    if device.type == "cpu" and not forced:
         return "on the CPU it serves only when forced"
+    try:
+        import triton
+    except ModuleNotFoundError as error:
+        return "Triton is not installed" if error.name == "triton" else f"Triton does not import: {error}"
+    except Exception as error:  # a broken installation raises whatever it likes
+        return f"Triton does not import: {type(error).__name__}: {error}"
+    if not hasattr(triton, "jit"):
+        return "what is installed as triton has no triton.jit"
+    compilers = (os.environ["CC"],) if "CC" in os.environ else ("gcc", "clang")
+    if not interpreted and not any(map(shutil.which, compilers)):
+        return f"Triton needs a C compiler, and {' or '.join(compilers)} is not on PATH"
     return None
 
 
@@ -30,6 +46,13 @@ def attn(
     from amskv_kernels.ops.backends.triton.attn import attn
 
     return attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
+
+
+def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+    """`attn` with its launch worked out once for each layout of q, k and v."""
+    from amskv_kernels.ops.backends.triton.attn import prepared_attn
+
+    return prepared_attn(call)
 
 
 def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:

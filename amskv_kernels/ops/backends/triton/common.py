@@ -8,9 +8,10 @@ page size, BM × BN a tile of queries × keys.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,6 +28,13 @@ SLOT_BLOCK = tl.constexpr(128)
 # The interpreter multiplies bfloat16 as if it were integers; widened to fp32 the products are the same, exactly.
 WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
 LN2 = tl.constexpr(math.log(2))
+# A row's exponents are scale · score − shift, one fused multiply-add each: the product is exact, the shift is rounded.
+# Below 2²⁸ it is off by 8 at most, so that the largest weight of a row is 2⁻⁸ … 2⁸, which fp16 holds.
+MAX_SHIFT = tl.constexpr(2.0**28)
+# The scale of rows beyond: a power of two, so that shifts are exact, and above every other scale. Scores of that size
+# are at least 16 powers of two apart, and at this scale only the largest keep a weight.
+COARSE = tl.constexpr(2.0**10)
+NO_SHIFT = tl.constexpr(-3.4028234663852886e38)  # of a row without keys: finite, so that −∞ minus it is −∞
 
 
 @triton.jit
@@ -38,11 +46,26 @@ def product(b_x, b_y, b_acc):
 
 
 @triton.jit
-def finished(b_acc, b_sum, b_max):
+def shift_of(b_max, scale):
+    """What the exponents of rows with these largest scores are measured from."""
+    b_shift = b_max * scale
+    return tl.where(tl.abs(b_shift) < MAX_SHIFT, b_shift, b_max * COARSE)
+
+
+@triton.jit
+def scale_of(b_shift, scale):
+    """The scale of rows with these shifts."""
+    return tl.where(tl.abs(b_shift) < MAX_SHIFT, scale, COARSE)
+
+
+@triton.jit
+def finished(b_acc, b_sum, b_shift, scale):
     """Output and natural log-sum-exp of an online softmax in powers of two; 0 and −inf where there was no key."""
-    b_some = b_sum > 0.0
+    b_some = b_sum != 0.0  # NaN too: its row's lse is NaN as its output is
     b_out = b_acc / tl.expand_dims(tl.where(b_some, b_sum, 1.0), len(b_sum.shape))
-    return b_out, tl.where(b_some, (b_max + tl.log2(b_sum)) * LN2, float("-inf"))
+    b_max = tl.where(tl.abs(b_shift) < MAX_SHIFT, b_shift, b_shift * (1 / COARSE) * scale)
+    b_lse = b_max + tl.log2(b_sum)
+    return b_out, tl.where(b_some, b_lse * LN2, float("-inf"))
 
 
 @triton.jit
@@ -111,7 +134,9 @@ def describe(device: torch.device) -> Device:
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device's current stream: make x's device the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def table_strides(slots: Tensor) -> tuple[int, int]:
@@ -123,3 +148,22 @@ def table_strides(slots: Tensor) -> tuple[int, int]:
 def padded(head_dim: int) -> int:
     """The power of two that holds a head."""
     return triton.next_power_of_2(head_dim)
+
+
+class Start:
+    """A kernel on a grid, with its compile-time sizes. The first launch compiles it; later ones, whose scalars and
+    pointer alignment must be those of the first, go past Triton's own look-up of what was compiled: 20 µs less."""
+
+    def __init__(self, kernel: Any, grid: tuple[int, int, int], meta: dict[str, Any]) -> None:
+        self._kernel, self._grid, self._meta = kernel, grid, meta
+        self._constants: tuple[Any, ...] = ()
+        self._compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> None:
+        if self._compiled is not None:
+            self._compiled(*args, *self._constants)
+            return
+        compiled = self._kernel[self._grid](*args, **self._meta)
+        if compiled is not None:  # the interpreter compiles nothing
+            self._constants = tuple(self._meta[p.name] for p in self._kernel.params if p.is_constexpr)
+            self._compiled = compiled[self._grid]

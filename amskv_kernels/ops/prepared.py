@@ -1,0 +1,49 @@
+"""Calls of `attn` that a plan has worked out beforehand: what cannot change between calls is done once, not per call.
+
+A backend that gains from it has `prepared_attn(call)`: from the pool, tables and sizes of one (step, layer) it makes a
+function of what a model brings, (q, k, v, softmax_scale) → out. It gets tables that a plan validated and arguments that
+`PlannedAttn.takes` passed; any other call goes the way of a raw one, whose checks name what is wrong with it. A backend
+whose own op checks everything in C++ says `CHECKS_ITSELF = True`, and its op is all that is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from amskv_kernels.ops.checks import PlannedAttn
+from amskv_kernels.ops.dispatch import backend_of, settings
+from amskv_kernels.ops.guard import plain_kernels
+
+Prepared = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+def prepare_attn(call: PlannedAttn) -> Prepared:
+    """How this context's backend makes this call; gradients must have been refused before it is made.
+
+    Raises:
+        RuntimeError: a forced backend cannot serve there.
+        TypeError: a forced backend does not take the dtype.
+    """
+    tables = call[:4]
+    op = torch.ops.amskv.attn.default
+
+    def raw(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+        out: Tensor = op(q, k, v, *tables, softmax_scale)[0]
+        return out
+
+    module = backend_of("attn", call.pages.device, call.pages.dtype)
+    if settings().debug or not hasattr(module, "prepared_attn"):
+        return raw
+    ready: Prepared = module.prepared_attn(call)
+    takes, checks_itself = call.takes, getattr(module, "CHECKS_ITSELF", False)
+
+    def checked(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+        if not checks_itself and not takes(q, k, v, softmax_scale):
+            return raw(q, k, v, softmax_scale)
+        with plain_kernels():
+            return ready(q, k, v, softmax_scale)
+
+    return checked

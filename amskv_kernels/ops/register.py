@@ -1,0 +1,111 @@
+"""What stands behind `torch.ops.amskv.*`: check, choose a backend, call it. Registered once, when this is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amskv_kernels.ops.checks import (
+    check_apart,
+    check_append,
+    check_attn,
+    check_compact,
+    check_prepare_qk,
+    check_window_scores,
+)
+from amskv_kernels.ops.dispatch import backend_of, settings
+from amskv_kernels.ops.guard import plain_kernels, refuse_backward
+from amskv_kernels.ops.schemas import FAKES, SCHEMAS
+from amskv_kernels.ops.tables import check_keep, check_tables
+
+
+def attn(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
+    read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
+    check_apart(pages, write_slots, q=q, k=k, v=v)
+    if _tables_are_read(pages):
+        check_tables(pages, arena, read_slots, write_slots, k.shape[1])
+    if q.numel() == 0:
+        batch, n, heads, _ = q.shape
+        return q.new_empty(q.shape), q.new_empty(batch, heads, n, dtype=torch.float32)
+    module = backend_of("attn", k.device, k.dtype)
+    return module.attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
+
+
+def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:
+    check_append(k, v, pages, arena, write_slots)
+    check_apart(pages, write_slots, k=k, v=v)
+    if _tables_are_read(pages):
+        check_tables(pages, arena, write_slots[..., :0], write_slots, k.shape[1])
+    if k.numel() and write_slots.numel():
+        backend_of("append", k.device, k.dtype).append(k, v, pages, arena, write_slots)
+
+
+def prepare_qk(
+    qkv: Tensor, kv_heads: int, q_scale: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
+    l2norm: bool = False, eps: float = 1e-12,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_prepare_qk(qkv, kv_heads, q_scale, cos, sin, eps)
+    module = backend_of("prepare_qk", qkv.device, qkv.dtype)
+    return module.prepare_qk(qkv, kv_heads, q_scale, cos, sin, l2norm, eps)
+
+
+def window_scores(
+    q_window: Tensor, k: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor,
+    softmax_scale: float, mode: str = "softmax",
+) -> Tensor:  # fmt: skip
+    check_window_scores(q_window, k, pages, arena, read_slots, softmax_scale, mode)
+    if _tables_are_read(pages):
+        check_tables(pages, arena, read_slots, read_slots[..., :0], k.shape[1])
+    keys = read_slots.shape[2] * pages.shape[2] + k.shape[1]
+    if keys == 0 or k.shape[0] == 0:
+        return k.new_empty(k.shape[0], k.shape[2], keys, dtype=torch.float32)
+    module = backend_of("window_scores", k.device, k.dtype)
+    return module.window_scores(q_window, k, pages, arena, read_slots, softmax_scale, mode)
+
+
+def compact(
+    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor
+) -> None:  # fmt: skip
+    check_compact(pages, arena, src_slots, k, v, keep, dst_slots)
+    check_apart(pages, dst_slots, k=k, v=v)
+    if _tables_are_read(pages):
+        check_keep(pages, arena, src_slots, keep, dst_slots, k.shape[1])
+    if keep.numel() and dst_slots.numel():
+        module = backend_of("compact", k.device, k.dtype)
+        module.compact(pages, arena, src_slots, k, v, keep, dst_slots)
+
+
+def _tables_are_read(pages: Tensor) -> bool:
+    """Whether slot tables are held against the pool: where that costs no wait for a device, or when asked for."""
+    return pages.device.type == "cpu" or settings().debug
+
+
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function below autograd and autocast; the dispatcher leaves out arguments that have their default."""
+
+    def kernel(*args: Any) -> Any:
+        with plain_kernels():
+            return function(*args)
+
+    return kernel
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library("amskv", "FRAGMENT")
+    for function in (attn, append, prepare_qk, window_scores, compact):
+        name = function.__name__
+        library.define(name + SCHEMAS[name], tags=())
+        for key in ("CPU", "CUDA"):
+            library.impl(name, _plain(function), key)
+        torch.library.register_fake(f"amskv::{name}", FAKES[name], lib=library)
+    refuse_backward(library, SCHEMAS)
+    return library
+
+
+LIBRARY = _register()  # its end would take the ops away
