@@ -1,6 +1,6 @@
 """Builds the wheel into dist/, checks what it links to, and tries it in a clean virtual environment.
 
-    python csrc/tools/make_wheel.py [--skip-smoke]
+    python -m tools.make_wheel [--skip-smoke]
 
 AMSKV_CUDA chooses as for any install (see setup.py): without nvcc the wheel is pure Python. With the library, it is one
 file for every Python ≥ 3.10 and torch ≥ 2.10, tagged manylinux by auditwheel. Runs in an environment that has torch.
@@ -36,6 +36,12 @@ out, lse = torch.ops.amskv.attn(q, q, q, pages, arena, table[..., :0].contiguous
 truth = torch.nn.functional.scaled_dot_product_attention(*[q.transpose(1, 2)] * 3, scale=0.125).transpose(1, 2)
 assert torch.allclose(out, truth, atol=1e-5) and torch.equal(pages[0, 0, :4], q[0, :, 0])
 from amskv_kernels.ops.backends import library
+if library.LIBRARY.exists():
+    assert library.why_not_loaded() is None, library.why_not_loaded()
+    try:
+        torch.ops.amskv.attn_cuda(q, q, q, pages, arena, table[..., :0].contiguous(), table + 4, 0.125)
+    except (RuntimeError, ValueError) as error:
+        assert "q is Float" in str(error), error
 print("torch", torch.__version__, "-", library.why_not_loaded() or library.build_info()["architectures"])
 """
 
