@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-smoke shootout readme kernel-report gpu-test gpu-session tune native native-report wheel sdist-check clean
+.PHONY: help demo test lint format bench bench-smoke shootout readme kernel-report gpu-test gpu-pack gpu-session tune native native-report wheel sdist-check compatibility clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,7 +54,10 @@ kernel-report: $(VENV)/ready  ## compile every Triton kernel offline for four ar
 gpu-test: $(VENV)/ready  ## everything that needs a GPU; writes tests/gpu-reports
 	$(BIN)/python -m pytest -m gpu
 
-gpu-session: native  ## tests, benchmarks, profile and checkers in one go (30 minutes); writes build/gpu-session
+gpu-pack: $(VENV)/ready  ## what a GPU machine without a network lacks (needs nvcc); writes build/gpu-pack
+	$(BIN)/python -m tools.gpu_pack
+
+gpu-session: gpu-pack  ## on a GPU: tests, benchmarks, profile, tiles, checkers (an hour); writes build/gpu-session
 	$(BIN)/python -m tools.gpu_session
 
 tune: $(VENV)/ready  ## measure tile candidates on the GPU at hand
@@ -71,6 +74,9 @@ wheel: $(VENV)/ready  ## one wheel for every Python and torch, tested in a clean
 
 sdist-check: $(VENV)/ready  ## the source archive, tried in empty environments (PYTHONS="python3.10 python3.12")
 	$(BIN)/python -m tools.make_sdist --try $(or $(PYTHONS),$(PYTHON))
+
+compatibility: $(VENV)/ready  ## the wheel on every Python and torch, tests on an old stack (gigabytes, an hour)
+	AMSKV_CUDA=1 $(BIN)/python -m tools.compatibility --suite
 
 clean:  ## remove what was built, the virtual environment too
 	rm -rf $(VENV) build dist demo-out *.egg-info

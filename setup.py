@@ -112,6 +112,21 @@ def build_requirements() -> list[str]:
     return [TORCH, *BUILD_TOOLS, *(CUDA_FROM_PIP if os.environ.get("AMSKV_CUDA") == "pip" else [])]
 
 
+def build_library(tree: Path, nvcc: Path | None, *options: str) -> Path:
+    """libamskv.so, built in `tree` against this Python's torch; `options` are CMake's."""
+    import torch
+
+    say(f"building the CUDA library with {nvcc}")
+    configure = [
+        find_tool("cmake"), "-S", str(ROOT), "-B", str(tree), "-G", "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}", f"-DCMAKE_CUDA_COMPILER={nvcc}",
+        f"-DAMSKV_TORCH_ROOT={Path(torch.__file__).parent}", f"-DPython3_EXECUTABLE={sys.executable}", *options,
+    ]  # fmt: skip
+    for command in (configure, [configure[0], "--build", str(tree), "--target", "amskv_torch"]):
+        subprocess.run(command, check=True)
+    return tree / "libamskv.so"
+
+
 class BuildLibrary(build_ext):
     """Runs CMake and puts libamskv.so into the package."""
 
@@ -119,22 +134,12 @@ class BuildLibrary(build_ext):
         return str(Path(*fullname.split(".")).with_suffix(".so"))
 
     def build_extension(self, ext: Extension) -> None:
-        import torch
-
         from_pip = os.environ.get("AMSKV_CUDA") == "pip"
         nvcc = find_pip_nvcc() if from_pip else find_nvcc()
-        say(f"building the CUDA library with {nvcc}")
-        tree = ROOT / "build" / ("cuda-pip" if from_pip else "cuda")
-        configure = [
-            find_tool("cmake"), "-S", str(ROOT), "-B", str(tree), "-G", "Ninja",
-            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}", f"-DCMAKE_CUDA_COMPILER={nvcc}",
-            f"-DAMSKV_TORCH_ROOT={Path(torch.__file__).parent}", f"-DPython3_EXECUTABLE={sys.executable}",
-        ]  # fmt: skip
-        for command in (configure, [configure[0], "--build", str(tree), "--target", "amskv_torch"]):
-            subprocess.run(command, check=True)
+        library = build_library(ROOT / "build" / ("cuda-pip" if from_pip else "cuda"), nvcc)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(tree / "libamskv.so", target)
+        shutil.copyfile(library, target)
 
 
 class AnyPythonWheel(bdist_wheel):

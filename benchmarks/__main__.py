@@ -37,7 +37,7 @@ from benchmarks.harness.cases import (
 )
 from benchmarks.harness.results import FOLDER, Run, UnreadableResultError, committed
 from benchmarks.harness.roofs import GPUS, measure_ceilings
-from benchmarks.harness.tasks import Context, Task, run_tasks
+from benchmarks.harness.tasks import BROKEN_DEVICE, BrokenDeviceError, Context, Task, run_tasks
 from benchmarks.report import compare
 from benchmarks.report.tables import show
 from benchmarks.suites import image, module, plans, roof, steps
@@ -191,7 +191,7 @@ def run_suites(argv: Sequence[str]) -> int:
     print(show(committed([path])))
     print(f"\nwritten {path}" + ("" if complete else ": not all of it yet; the same command goes on"))
     for key in wrong:
-        print(f"wrong result: {key}: {run.missing[key]}", file=sys.stderr)
+        print(f"{key}: {run.missing[key]}", file=sys.stderr)
     if complete and not arguments.no_docs and path.resolve().parent == FOLDER.resolve() and not arguments.quick:
         write_docs()
     return 1 if wrong else 0
@@ -207,12 +207,15 @@ def write_docs() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """One command; 2 where a file given is no result."""
+    """One command; 2 where a file given is no result, BROKEN_DEVICE where a new process can go on."""
     try:
         return _run(argv)
     except UnreadableResultError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
+    except BrokenDeviceError as error:
+        print(f"benchmarks: {error}; the same command goes on after it", file=sys.stderr)
+        return BROKEN_DEVICE
 
 
 def _run(argv: Sequence[str]) -> int:

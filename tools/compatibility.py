@@ -2,10 +2,10 @@
 
     python -m tools.compatibility [--torch 2.10 …] [--python 3.12 …] [--suite]
 
-On the first Python of each torch the library is also compiled against that torch's headers. With --suite the tests that
-need no GPU run once on SUITE, the packages of many GPU servers. Environments and downloads lie in build/compatibility, one
-torch at a time: up to 15 GB of disk, gigabytes of download. Every row goes into tools/reports/compatibility.json as
-soon as it is known; README's table is made of that file.
+On the first Python of each torch the library is also compiled against that torch's headers. With --suite the tests
+that need no GPU run once on SUITE, the packages of many GPU servers. Environments and downloads lie in
+build/compatibility, one torch at a time: up to 15 GB of disk, gigabytes of download. Every row goes into
+tools/reports/compatibility.json as soon as it is known; README's table is made of that file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.make_wheel import DIST, ROOT, SMOKE, build
+from amskv_kernels.cli import console
+from tools.make_wheel import ROOT, SMOKE, build
 
 Row = dict[str, Any]
 REPORT = ROOT / "tools" / "reports" / "compatibility.json"
@@ -252,4 +253,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run(main))

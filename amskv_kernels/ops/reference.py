@@ -18,8 +18,8 @@ def attn(
         out (B, n, H, D) and lse (B, H, n), natural log, both fp64.
     """
     (batch, n, heads, head_dim), group = q.shape, q.shape[2] // k.shape[2]
-    out = torch.zeros(batch, n, heads, head_dim, dtype=torch.float64)
-    lse = torch.full((batch, heads, n), -torch.inf, dtype=torch.float64)
+    out = q.new_zeros(batch, n, heads, head_dim, dtype=torch.float64)
+    lse = q.new_full((batch, heads, n), -torch.inf, dtype=torch.float64)
     for b in range(batch):
         for h in range(heads):
             named = _named(arena, read_slots, b, h // group)

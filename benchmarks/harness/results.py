@@ -1,9 +1,13 @@
-"""One run's file: valid JSON whenever it is looked at, and the place where the next start goes on."""
+"""One run's file: valid JSON whenever it is looked at, and the place where the next start goes on.
+
+While a run is under way its rows go, a line each, into a journal beside the file, NAME.jsonl; the file itself is
+written at the start and at the end. A killed run leaves both, which together are its result.
+"""
 
 from __future__ import annotations
 
 import datetime
-import time
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,9 +17,10 @@ from amskv_kernels.files import read_json, write_json
 
 FOLDER = Path(__file__).parents[1] / "results"
 FORMAT = 1
-SAVE_EVERY = 2.0  # seconds; what a killed run loses at most
 # A file continues only what these say is the same run.
 SAME_RUN = ("format", "sources", "machine", "quick")
+# Why a row is missing that a process was at when it died or was killed; it is not tried again.
+DIED = "its process ended before it was done"
 # What every reader of a result asks for.
 REQUIRED = {"commit": str, "machine": dict, "missing": dict, "quick": bool, "rows": list, "started": str}
 
@@ -40,7 +45,7 @@ class Run:
         self.header = {"format": FORMAT, "started": _now(), "finished": None, "done": [], **header}
         self.rows: dict[str, Row] = {}
         self.missing: dict[str, str] = {}
-        self._saved_at = 0.0
+        self._noting = False
         before = None if fresh else _existing(path)
         if before is not None and all(before.get(name) == self.header.get(name) for name in SAME_RUN):
             self.rows = {row["key"]: row for row in before.pop("rows")}
@@ -50,12 +55,20 @@ class Run:
     def __contains__(self, key: str) -> bool:
         return key in self.rows
 
+    @property
+    def journal(self) -> Path:
+        """Where rows go until the run is saved."""
+        return journal_of(self.path)
+
+    def start(self, key: str) -> None:
+        """A row is under way: if the process dies of it, the next start leaves it out."""
+        self._note({"under way": key})
+
     def add(self, key: str, row: Row) -> None:
         """Keep a row."""
         self.rows[key] = {"key": key, **row}
         self.missing.pop(key, None)
-        if time.monotonic() - self._saved_at > SAVE_EVERY:
-            self.save()
+        self._note({"row": self.rows[key]})
 
     def begin(self, suites: Sequence[str], keys: Iterable[str]) -> None:
         """What is already done is measured anew; anything else goes on where it stopped."""
@@ -67,11 +80,18 @@ class Run:
     def miss(self, what: str, why: str) -> None:
         """Name what could not be measured."""
         self.missing[what] = why
+        self._note({"missing": {what: why}})
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        """A line in the journal, once the run has begun."""
+        if self._noting:
+            with open(self.journal, "a", encoding="utf-8") as journal:
+                journal.write(json.dumps(entry, default=float) + "\n")
 
     def save(self) -> None:
-        """Write everything; a save that fails leaves the old file."""
-        self._saved_at = time.monotonic()
+        """Write everything; a save that fails leaves the old file. The journal begins anew."""
         write_json(self.path, {**self.header, "missing": self.missing, "rows": list(self.rows.values())}, default=float)
+        self.journal.unlink(missing_ok=True)
 
     def finish(self, suites: Sequence[str]) -> None:
         """Nothing of these suites is left to measure."""
@@ -79,12 +99,44 @@ class Run:
 
     def __enter__(self) -> Run:
         self.save()
+        self._noting = True
+        self._note({"run": self.header["started"]})
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:  # fmt: skip
+        self._noting = False
         self.save()
+
+
+def journal_of(path: Path) -> Path:
+    """The journal beside a result file."""
+    return path.with_suffix(".jsonl")
+
+
+def _with_journal(found: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A result with what a killed run of it noted since; a line that was not finished is none."""
+    entries = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                continue
+    if not entries or entries[0] != {"run": found["started"]}:
+        return found
+    rows, missing = {row["key"]: row for row in found["rows"]}, dict(found["missing"])
+    under_way = None
+    for entry in entries[1:]:
+        under_way = entry.get("under way", under_way)
+        if "row" in entry:
+            rows[entry["row"]["key"]] = entry["row"]
+            missing.pop(entry["row"]["key"], None)
+        missing |= entry.get("missing", {})
+    if under_way is not None and under_way not in rows:
+        missing.setdefault(under_way, DIED)
+    return {**found, "rows": list(rows.values()), "missing": missing}
 
 
 def _now() -> str:
@@ -110,7 +162,7 @@ def read(path: Path) -> dict[str, Any]:
         raise UnreadableResultError(str(error)) from error
     if not _is_result(found):
         raise UnreadableResultError(f"{path} is not a result of python -m benchmarks (format {FORMAT})")
-    return found
+    return _with_journal(found, journal_of(path))
 
 
 def _is_result(found: object) -> bool:

@@ -13,8 +13,10 @@ from tqdm import tqdm
 from benchmarks.harness import measure
 from benchmarks.harness.gate import WrongResultError
 from benchmarks.harness.inputs import UnavailableError
-from benchmarks.harness.results import Row, Run
+from benchmarks.harness.results import DIED, Row, Run
 from benchmarks.harness.roofs import Ceilings, ceilings_of
+
+BROKEN_DEVICE = 77  # exit code: a new process can go on
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,34 @@ class Context:
         return self.timer.run(contestants, self.seconds, *self.rounds, eager)
 
 
+class BrokenDeviceError(RuntimeError):
+    """The device answers no call of this process any more; the message says whose call it was."""
+
+
+def still_works(whose: str, error: BaseException) -> None:
+    """After a failure: the device, if one is in use, must answer.
+
+    Raises:
+        BrokenDeviceError: it does not.
+    """
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as broken:
+            raise BrokenDeviceError(f"{whose} broke the device: {first_line(error)}") from broken
+
+
 def run_tasks(tasks: Iterable[Task], run: Run, deadline: float | None, quiet: bool = False) -> tuple[bool, list[str]]:
-    """Make every row that the run does not have yet.
+    """Make every row that the run does not have yet, and that no process has died of.
 
     Returns:
-        Whether all were tried before the deadline, and the keys whose result was wrong.
+        Whether all were tried before the deadline, and the keys whose result was wrong or failed.
+
+    Raises:
+        BrokenDeviceError: a row broke the device; the run names it.
     """
-    todo = sorted((task for task in tasks if task.key not in run), key=lambda task: task.rank)
+    left = (task for task in tasks if task.key not in run and not run.missing.get(task.key, "").startswith(DIED))
+    todo = sorted(left, key=lambda task: task.rank)
     wrong: list[str] = []
     layout = "{desc}{percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left{postfix}"
     with tqdm(total=sum(task.cost for task in todo), bar_format=layout, disable=quiet) as bar, torch.no_grad():
@@ -89,6 +112,7 @@ def run_tasks(tasks: Iterable[Task], run: Run, deadline: float | None, quiet: bo
             if deadline is not None and time.monotonic() > deadline:
                 return False, wrong
             bar.set_postfix_str(task.key)
+            run.start(task.key)
             try:
                 run.add(task.key, task.make())
             except WrongResultError as error:
@@ -96,6 +120,13 @@ def run_tasks(tasks: Iterable[Task], run: Run, deadline: float | None, quiet: bo
                 wrong.append(task.key)
             except (UnavailableError, torch.OutOfMemoryError, MemoryError) as error:
                 run.miss(task.key, first_line(error))
+            except RuntimeError as error:
+                run.miss(task.key, f"{DIED}: {first_line(error)}")
+                if isinstance(error, BrokenDeviceError):
+                    raise
+                still_works(task.key, error)
+                run.miss(task.key, f"failed: {first_line(error)}")
+                wrong.append(task.key)
             bar.update(task.cost)
     return True, wrong
 

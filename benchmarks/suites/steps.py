@@ -9,7 +9,7 @@ from benchmarks.harness.cases import QUICK_MODELS, Case, Group, groups
 from benchmarks.harness.gate import Gate, WrongResultError
 from benchmarks.harness.inputs import CallInputs, Pool, group_work
 from benchmarks.harness.results import Row
-from benchmarks.harness.tasks import Context, Task, first_line, rates, ratios, timed
+from benchmarks.harness.tasks import Context, Task, first_line, rates, ratios, still_works, timed
 
 WARMED_UP = 1.5  # rough seconds of compiling and warming up that a GPU row costs besides its rounds
 
@@ -97,4 +97,5 @@ def _gated(inputs: CallInputs) -> tuple[dict[str, peers.Contestant], dict[str, f
             if name == peers.OURS:
                 raise
             missing[name] = first_line(error)
+            still_works(name, error)
     return runners, errors, missing

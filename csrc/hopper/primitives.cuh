@@ -65,10 +65,15 @@ __device__ __forceinline__ void mbarrier_expect(SharedAddress barrier, int bytes
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+#ifndef AMSKV_TRAP_AFTER
+#define AMSKV_TRAP_AFTER 0  // polls after which a wait traps, so that a hang becomes an error; 0: it waits for ever
+#endif
+
 // Waits for the end of the phase whose number has this parity.
 __device__ __forceinline__ void mbarrier_wait(SharedAddress barrier, int parity) {
     uint32_t done = 0;
-    while (!done) {
+    for (int polls = 1; !done; ++polls) {
+        if (AMSKV_TRAP_AFTER != 0 && polls == AMSKV_TRAP_AFTER) asm volatile("trap;");
         asm volatile(
             "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
             : "=r"(done)

@@ -1,21 +1,43 @@
-"""Tests that need a GPU: `pytest -m gpu`; the run leaves tests/gpu-reports/<gpu>.json."""
+"""Tests that need a GPU: `pytest -m gpu`; the run leaves tests/gpu-reports/<gpu>.jsonl, a line as each test ends.
+
+Another journal is named with --gpu-journal: tests that it holds are left out, so that a new process goes on where one
+ended. A test that breaks the GPU's context ends the process, since every later call would fail: its exit code says so.
+"""
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
+import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from amskv_kernels.files import write_json
+from benchmarks.harness import machine
+from tools.gpu_session import records
+from tools.gpu_session.run_tests import POISONED
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent)]  # attn_cases, extra_cases
 _measured: dict[str, object] = {}
-_outcomes: dict[str, str] = {}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu-journal", type=Path, help="append outcomes here, and leave out tests that it holds")
+    parser.addoption("--gpu-group", default="all", help="the name under which outcomes are kept")
+
+
+def pytest_configure(config):
+    """The journal: the one named, or a new report of this GPU where the GPU tests are asked for."""
+    if not torch.cuda.is_available() or config.option.collectonly:
+        return
+    path = config.getoption("--gpu-journal", None)
+    if path is None:
+        if config.option.markexpr != "gpu":
+            return
+        path = HERE.parent / "gpu-reports" / f"{machine.slug(machine.describe('cuda'))}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+    config.pluginmanager.register(Journal(path, config.getoption("--gpu-group", "all")), "gpu-journal")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -35,38 +57,44 @@ def measured():
     return _measured
 
 
-def pytest_runtest_logreport(report):
-    if HERE.name in Path(report.nodeid.split("::")[0]).parts and (report.when == "call" or report.outcome != "passed"):
-        _outcomes[report.nodeid.split("::", 1)[1]] = report.outcome
+class Journal:
+    """Writes a row when a test begins and when it ends, and watches over the GPU's context."""
+
+    def __init__(self, path: Path, group: str) -> None:
+        self.path, self.group = path, group
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        held = {row["test"] for row in records.read(self.path) if row.get("group") == self.group and "test" in row}
+        items[:] = [item for item in items if item.nodeid not in held and HERE in item.path.parents]
+        commit, changed = machine.commit()
+        facts = {"machine": machine.describe("cuda"), "commit": commit, "changed": changed}
+        records.add(self.path, {"group": self.group, **facts, "sources": machine.sources(), "left": len(items)})
+
+    def pytest_runtest_logstart(self, nodeid):
+        records.add(self.path, {"group": self.group, "begun": nodeid, "at": time.time()})
+
+    def pytest_runtest_logreport(self, report):
+        if report.when != "call" and report.outcome == "passed":
+            return
+        row = {"group": self.group, "test": report.nodeid, "outcome": report.outcome, "seconds": report.duration}
+        if report.failed:
+            row["why"] = records.end_of(str(report.longrepr))
+        if _measured:
+            row["measured"] = dict(_measured)
+            _measured.clear()
+        if not report.failed or _usable():
+            records.add(self.path, row)
+            return
+        records.add(self.path, row | {"outcome": "poisoned"})
+        print(f"\n{row['why']}\n{report.nodeid} broke the GPU's context", flush=True)
+        os._exit(POISONED)
 
 
-def pytest_sessionfinish(session):
-    if not torch.cuda.is_available() or not _outcomes:
-        return
-    name = torch.cuda.get_device_name()
-    folder = HERE.parent / "gpu-reports"
-    folder.mkdir(exist_ok=True)
-    counts = {kind: sum(x == kind for x in _outcomes.values()) for kind in sorted(set(_outcomes.values()))}
-    report = {
-        "gpu": name, "capability": torch.cuda.get_device_capability(), "devices": torch.cuda.device_count(),
-        "torch": torch.__version__, "triton": _version("triton"), "cuda": torch.version.cuda,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
-        "commit": _output("git", "rev-parse", "HEAD"), "changed": bool(_output("git", "status", "--porcelain")),
-        "counts": counts, "not_passed": {k: v for k, v in _outcomes.items() if v != "passed"}, "measured": _measured,
-    }  # fmt: skip
-    path = folder / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
-    write_json(path, report, ensure_ascii=False)
-
-
-def _version(package: str) -> str | None:
+def _usable() -> bool:
+    """Whether the context takes another call."""
     try:
-        return __import__(package).__version__
-    except ImportError:
-        return None
-
-
-def _output(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True

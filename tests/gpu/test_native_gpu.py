@@ -38,26 +38,33 @@ LARGE = [  # the last steps of VAR-256, VAR-512 and Infinity-1M
 
 def check_on_a_gpu(op, case: Case) -> None:
     """The call on a stream of its own, judged; then captured, its outputs poisoned, and replayed."""
-    inputs = cases.make(case)
-    on_gpu = [x.cuda() for x in inputs.tables]
+    inputs = cases.on(cases.make(case), torch.device("cuda"))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        out, lse = op(*on_gpu, inputs.scale)
+        inputs.out, inputs.lse = op(*inputs.tables, inputs.scale)
     stream.synchronize()
-    inputs.out, inputs.lse, inputs.pages = out.cpu(), lse.cpu(), on_gpu[3].cpu()
     cases.judge(case, inputs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse = op(*on_gpu, inputs.scale)
+        out, lse = op(*inputs.tables, inputs.scale)
     for result in (out, lse):
         result.fill_(torch.nan)
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(out.cpu(), inputs.out) and torch.equal(lse.cpu(), inputs.lse)
+    assert torch.equal(out, inputs.out) and torch.equal(lse, inputs.lse)
 
 
 TOKENS = [1, 9, 36, 64, 65, 100, 144, 169, 256, 300, 576]
+
+
+FIRST = [SMALL[0], SMALL[2]]
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_first_portable(case):
+    """What a GPU session looks at first, and checkers look at alone."""
+    check_on_a_gpu(torch.ops.amskv.attn_cuda, case)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
@@ -95,6 +102,12 @@ def test_portable_with_logits_of_every_size(case):
 def needs_hopper():
     if (reason := hopper.unavailable(torch.device("cuda"), forced=True)) is not None:
         pytest.skip(reason)
+
+
+@pytest.mark.usefixtures("needs_hopper")
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_first_hopper(case):
+    check_on_a_gpu(torch.ops.amskv.attn_hopper, replace(case, hopper=(128, 1)))
 
 
 @pytest.mark.usefixtures("needs_hopper")

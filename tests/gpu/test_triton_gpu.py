@@ -10,7 +10,9 @@ import pytest
 import torch
 from attn_cases import Case, make
 from extra_cases import (
+    BF16,
     COMPACT_CASES,
+    HALF,
     LARGE,
     QK_PARTS,
     QK_SHAPES,
@@ -94,10 +96,32 @@ def check_attn(args, device="cuda"):
     return ours / max(theirs, 1e-12)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
-def test_attn(case, dtype):
-    check_attn(make(replace(case, dtype=dtype)))
+@pytest.mark.parametrize("case", [SMALL[2], LARGE[1], LARGE[2]], ids=str)
+def test_first_triton(case):
+    """What a GPU session looks at first: packed heads, a whole tile with a store, keys split among programs."""
+    check_attn(make(case))
+
+
+# Every case in its own element type and in one more: all three would be half as many compilations again.
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(case, dtype=dtype)
+        for i, case in enumerate(SMALL + LARGE)
+        for dtype in sorted({case.dtype, DTYPES[i % 3]}, key=str)
+    ],
+    ids=str,
+)
+def test_attn(case):
+    check_attn(make(case))
+
+
+# Head size, page size, query heads per KV head and element type are compiled into a kernel, with the tile on top: calls
+# drawn from a few of their combinations share most kernels.
+LAYOUTS = [
+    (64, 16, 1, BF16), (64, 64, 1, HALF), (64, 128, 4, BF16), (96, 32, 1, HALF),
+    (96, 64, 4, BF16), (128, 16, 4, HALF), (128, 32, 1, BF16), (128, 128, 1, HALF),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -113,15 +137,14 @@ def test_attn_with_logits_of_every_size(case, dtype):
 def test_attn_on_500_random_calls(measured):
     rng, ratios = random.Random(0), []
     for i in range(500):
-        page_size, kv_heads = rng.choice([16, 32, 64, 128]), rng.choice([1, 2, 4])
+        (head_dim, page_size, group, dtype), kv_heads = rng.choice(LAYOUTS), rng.choice([1, 2, 4])
         history = tuple(rng.choice([page_size] * 3 + [rng.randint(0, page_size)]) for _ in range(rng.randint(0, 12)))
         n = rng.choice([1, 2, 4, 9, 16, 17, 25, 36, 64, 100, 169, 256, 300])
         stored = (page_size,) * (n // page_size) + ((n % page_size,) if n % page_size else ())
         case = Case(
-            batch=rng.choice([1, 2]), n=n, heads=kv_heads * rng.choice([1, 1, 4]), kv_heads=kv_heads,
-            head_dim=rng.choice([64, 96, 128]), page_size=page_size, history=history,
-            stored=rng.choice([(), stored]), per_head=rng.random() < 0.2, per_batch=rng.random() < 0.2,
-            dtype=rng.choice([torch.float16, torch.bfloat16]),
+            batch=rng.choice([1, 2]), n=n, heads=kv_heads * group, kv_heads=kv_heads, head_dim=head_dim,
+            page_size=page_size, history=history, stored=rng.choice([(), stored]), per_head=rng.random() < 0.2,
+            per_batch=rng.random() < 0.2, dtype=dtype,
         )  # fmt: skip
         ratios.append(check_attn(make(case, seed=i)))
     measured["attn error over PyTorch's, 500 random calls: worst, mean"] = [max(ratios), sum(ratios) / len(ratios)]
@@ -148,9 +171,17 @@ def test_append(case):
     assert same_bytes(pages, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*QK_SHAPES, (4, 256, 30, 30, 64)], ids=str)
-@pytest.mark.parametrize("parts", QK_PARTS.values(), ids=QK_PARTS)
+QK_WIDE = [*QK_SHAPES, (4, 256, 30, 30, 64)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "shape", "dtype"),  # every part in every element type, over the shapes
+    [
+        pytest.param(parts, shape, DTYPES[(i + j) % 3], id=f"{name}-{shape}-{DTYPES[(i + j) % 3]}")
+        for i, (name, parts) in enumerate(QK_PARTS.items())
+        for j, shape in enumerate(QK_WIDE)
+    ],
+)
 def test_prepare_qk(parts, shape, dtype):
     rounding = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
     arguments = make_qk(shape, parts, dtype)

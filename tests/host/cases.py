@@ -71,6 +71,11 @@ class Inputs:
         return self.q, self.k, self.v, self.pages, self.arena, self.read, self.write
 
 
+def on(inputs: Inputs, device: torch.device) -> Inputs:
+    """The same tensors elsewhere."""
+    return Inputs(*(x.to(device) for x in inputs.tables), inputs.scale)
+
+
 def make(case: Case) -> Inputs:
     """Random tensors and tables: pages in no order, empty entries in between, arenas shuffled."""
     rng = np.random.default_rng(case.seed)
@@ -172,8 +177,11 @@ def check(module: ModuleType, case: Case) -> dict[str, int]:
 
 
 def judge(case: Case, done: Inputs) -> None:
-    """`done` holds what attn made of `make(case)`: within twice the error of torch's own attention, stored exactly."""
-    truth, plain = make(case), make(case)
+    """`done` holds what attn made of `make(case)`: within twice the error of torch's own attention, stored exactly.
+
+    Judged on the device of `done.out`: fp64 on a CPU would take a large case minutes.
+    """
+    truth, plain = (on(make(case), done.out.device) for _ in range(2))
     out, lse = reference.attn(*truth.tables, truth.scale)
     torch_out, _ = torch_backend.attn(*plain.tables, plain.scale)
     rounding = torch.finfo(case.dtype).eps / 2
