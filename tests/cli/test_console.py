@@ -122,8 +122,8 @@ def test_other_errors_are_their_callers():
 @pytest.mark.parametrize(
     "module",
     ["benchmarks", "benchmarks.report.readme", "examples.digits.demo", "examples.digits.evaluate",
-     "examples.digits.shootout", "examples.digits.train", "tools.compatibility", "tools.gpu_pack", "tools.gpu_session", "tools.kernel_report",
-     "tools.make_sdist", "tools.tune"],
+     "examples.digits.shootout", "examples.digits.train", "tools.compatibility", "tools.gpu_pack", "tools.gpu_session",
+     "tools.kernel_report", "tools.make_sdist", "tools.tune"],
 )  # fmt: skip
 def test_every_command_goes_through_the_console(module):
     path = ROOT / module.replace(".", "/")

@@ -114,7 +114,8 @@ def build(tree: Path) -> Path:
         "torch.py": TORCH, "benchmarks/__init__.py": "", "benchmarks/harness/__init__.py": "",
         "benchmarks/harness/machine.py": MACHINE, "benchmarks/__main__.py": BENCHMARKS, "tools/tune.py": TUNE,
         "tests/gpu/test_triton_gpu.py": PREAMBLE + TRITON, "tests/gpu/test_native_gpu.py": PREAMBLE + NATIVE,
-        "tests/gpu/test_policies_gpu.py": PREAMBLE + POLICIES, "amskv_kernels/__init__.py": "", "amskv_kernels/cli/__init__.py": "",
+        "tests/gpu/test_policies_gpu.py": PREAMBLE + POLICIES,
+        "amskv_kernels/__init__.py": "", "amskv_kernels/cli/__init__.py": "",
         "build/gpu-pack/libamskv.so": "release", "build/gpu-pack/libamskv-traps.so": "traps",
         "build/gpu-pack/manifest.json": '{"commit": "abc", "changed": false, "sources": "abc"}',
         # Found by every Python that the session starts: nothing may ask for the network.
