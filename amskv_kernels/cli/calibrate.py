@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("give --theta or --count, not both")
     policy: str = _METHODS[arguments.method](arguments)
     print(f"written           {arguments.out}")
-    print(f"next              amskv plan --checkpoint {arguments.var} --policy {policy}@{arguments.out}")
+    words = ["amskv", "plan", "--checkpoint", arguments.var, "--policy", f"{policy}@{arguments.out}"]
+    print(f"next              {shlex.join(words)}")
     return 0
 
 

@@ -108,4 +108,6 @@ def _register() -> torch.library.Library:
     return library
 
 
+if (before := globals().get("LIBRARY")) is not None:  # reloaded: the ops are defined anew
+    before._destroy()
 LIBRARY = _register()  # its end would take the ops away

@@ -1,6 +1,7 @@
 """The command line as a user meets it: output, files, and one clear line with exit code 2."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -228,11 +229,13 @@ def test_what_a_model_cannot_have_is_refused_before_it_is_measured(checkpoints, 
 
 def test_a_pth_says_itself_what_it_is(checkpoints, capsys):
     var, _ = load(checkpoints / "var.safetensors", checkpoints / "vae.safetensors")
-    torch.save(var.state_dict(), checkpoints / "custom.pth")
-    argv = ["--vae", str(checkpoints / "vae.safetensors"), "--out", str(checkpoints / "c.json"), "--images", "2"]
-    code, out, err = run(capsys, "calibrate", "--var", str(checkpoints / "custom.pth"), *argv, "--count", "1")
+    folder = checkpoints / "a name with spaces"
+    folder.mkdir()
+    torch.save(var.state_dict(), folder / "custom.pth")
+    argv = ["--vae", str(checkpoints / "vae.safetensors"), "--out", str(folder / "c.json"), "--images", "2"]
+    code, out, err = run(capsys, "calibrate", "--var", str(folder / "custom.pth"), *argv, "--count", "1")
     assert code == 0, err
-    hint = out.splitlines()[-1].split()
+    hint = shlex.split(out.splitlines()[-1])
     assert hint[:2] == ["next", "amskv"]
     code, out, err = run(capsys, *hint[2:])
     assert code == 0, err

@@ -147,3 +147,25 @@ def test_a_process_keeps_its_own_matplotlib(tmp_path):
     done = amskv("-c", f"import sys\n{FOREIGN}", str(tmp_path), stdout=subprocess.DEVNULL)
     assert (done.returncode, done.stderr) == (0, b"")
     assert (tmp_path / "plan.png").read_bytes()[:4] == b"\x89PNG"
+
+
+RELOAD = """
+import importlib, sys
+import torch, amskv_kernels, amskv_kernels.cli, amskv_kernels.calibrate
+import amskv_kernels.integrations.var, amskv_kernels.integrations.infinity, amskv_kernels.models.checkpoint
+names = [name for name in sys.modules if name.split(".")[0] == "amskv_kernels" and not name.endswith("__main__")]
+for _ in range(2):
+    for name in names:
+        importlib.reload(sys.modules[name])
+q = torch.randn(1, 4, 2, 64)
+pages, table = torch.zeros(2, 2, 16, 64), torch.zeros(1, 1, 1, dtype=torch.int32)
+arena = torch.tensor([[0, 1]], dtype=torch.int32)
+out, _ = torch.ops.amskv.attn(q, q, q, pages, arena, table[..., :0].contiguous(), table + 4, 0.125)
+truth = torch.nn.functional.scaled_dot_product_attention(*[q.transpose(1, 2)] * 3, scale=0.125).transpose(1, 2)
+assert torch.allclose(out, truth, atol=1e-5)
+"""
+
+
+def test_modules_may_be_reloaded():
+    done = amskv("-c", RELOAD, stdout=subprocess.DEVNULL)
+    assert (done.returncode, done.stderr) == (0, b""), done.stderr.decode()
