@@ -23,6 +23,8 @@ from amskv_kernels.models.var import VAR, VARConfig
 from amskv_kernels.models.vqvae import VQVAE, VQVAEConfig
 from amskv_kernels.schedule import ScaleSchedule
 
+__all__ = ["load", "save", "var_config"]
+
 Config = TypeVar("Config", VARConfig, VQVAEConfig)
 State = dict[str, Tensor]
 Sizes = dict[str, Any]

@@ -119,6 +119,12 @@ def _last_calls(result: Result) -> str:
     )
 
 
+def _api() -> str:
+    from tools import api_page
+
+    return api_page.render()
+
+
 def _hopper_kernels() -> str:
     report = json.loads(NATIVE_REPORT.read_text(encoding="utf-8"))
     special = [row for row in report["rows"] if "waits per tile" in row]
@@ -169,6 +175,7 @@ def _shootout() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "api": _api,
     "shootout": _shootout,
     "digits": _digits,
     "digits-evaluation": _evaluation,
