@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import FAMILIES
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from amskv_kernels import AMSKV, Full, ScaleSchedule, SlidingWindow, patch, unpatch
 from amskv_kernels.cache import OnlineKVCache
@@ -119,6 +120,37 @@ def test_modules_inside_wrappers_are_patched(family):
     for layer, attention in enumerate(family.attentions(model)):
         family.replace(model, layer, Wrapper(attention))
     with patch(Wrapper(model), Full()) as patched:
+        same(model, family, expected)
+        assert patched.cache.step == len(family.schedule)
+    assert torch.equal(family.draw(model), expected)
+
+
+@pytest.fixture
+def mesh():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_sharded_modules_are_patched_and_undone(family, mesh, when):
+    model = family.make()
+    expected = family.draw(model)
+
+    def shard():
+        for attention in family.attentions(model):
+            fully_shard(attention, mesh=mesh)
+
+    if when == "before":
+        shard()
+    patched = patch(model, Full())
+    if when == "after":
+        shard()
+    same(model, family, expected)
+    assert patched.cache.step == len(family.schedule)
+    patched.undo()
+    assert torch.equal(family.draw(model), expected)
+    with patch(model, Full()) as patched:
         same(model, family, expected)
         assert patched.cache.step == len(family.schedule)
     assert torch.equal(family.draw(model), expected)
@@ -245,12 +277,9 @@ def test_the_online_mode_decides_as_it_goes(family, theta):
         cache = patched.cache
         assert torch.equal(family.draw(model), got)
         assert patched.cache is cache
-    capacity = 9 if theta < 0 else 40
-    with patch(model, AMSKV.with_capacity(9, 40, demanding_layers=() if theta < 0 else (0, 1, 2))):
-        expected = family.draw(model)
-    if theta < 0:  # a layer that turns demanding did lose some scales before
-        torch.testing.assert_close(got, expected, **CLOSE)
-    assert capacity
+    table = tuple((0.0,) * len(family.schedule) for _ in range(3))  # so that every layer turns, or none does
+    with patch(model, AMSKV.with_capacity(9, 40, similarity=table, theta=theta)):
+        torch.testing.assert_close(family.draw(model), got, **CLOSE)
 
 
 def test_the_online_mode_takes_the_policys_own_theta_and_refuses_others(family):

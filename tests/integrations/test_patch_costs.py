@@ -86,7 +86,7 @@ def graphs(model, draw):
     return images, made
 
 
-# A block is cut at its attentions, into 2 pieces in VAR and 6 in Infinity; each is compiled for one token and for many.
+# A block is cut at its attentions, into 3 pieces in VAR and 6 in Infinity; each is compiled for one token and for many.
 @pytest.mark.parametrize("steps", [5, 10])
 def test_compiled_blocks_of_var_give_six_graphs_however_many_steps_and_layers(steps):
     torch.manual_seed(0)

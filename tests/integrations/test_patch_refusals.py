@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import public_var
 import pytest
+import torch
 from families import FAMILIES
 from torch import nn
 
-from amskv_kernels import AMSKV, Full, patch
+from amskv_kernels import AMSKV, Full, ScaleSchedule, patch
 from amskv_kernels.integrations import infinity, var
 from amskv_kernels.models import infinity as stack
 
@@ -31,6 +32,15 @@ def test_a_refused_patch_leaves_the_model_as_it_was(family):
     with pytest.raises(ValueError, match=r"\[2\]\.\w+\.head_dim is 32; it must be one of \(64, 96, 128\)"):
         patch(model, Full())
     assert [(type(m), set(vars(m))) for m in model.modules()] == before
+
+
+def test_a_policy_made_for_another_schedule_is_refused(family):
+    model = family.make()
+    expected = family.draw(model)
+    policy = AMSKV.for_saving(ScaleSchedule.named("var-256"), 3, 0.75)
+    with pytest.raises(ValueError, match="the policy was made for maps 1×1 2×2 3×3 4×4"), patch(model, policy):
+        family.draw(model)
+    assert torch.equal(family.draw(model), expected)
 
 
 def test_policies_that_are_none_are_named(family):
