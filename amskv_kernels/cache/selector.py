@@ -85,8 +85,10 @@ class TokenSelector:
         if self.selection.raw_queries and (step, layer) in self._tables:
             _check_projection(x, weight, self._arena.shape[0], self.plan.schedule.tokens[step], self._pages.shape[3])
             observing = x.index_select(1, self._tables[step, layer][0])
-            head_dim = self._pages.shape[3]
-            self._raw = F.linear(observing, weight).unflatten(2, (-1, head_dim)).to(self._pages.dtype)
+            both = torch.promote_types(x.dtype, weight.dtype)
+            with torch.autocast(x.device.type, enabled=False):  # the same tokens stay with autocast and without
+                raw = F.linear(observing.to(both), weight.to(both))
+            self._raw = raw.unflatten(2, (-1, self._pages.shape[3])).to(self._pages.dtype)
 
     def check(self, step: int, layer: int) -> None:
         """Raise ValueError where raw queries are needed and `prepare` has not been called."""

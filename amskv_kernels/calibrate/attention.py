@@ -40,7 +40,7 @@ class AttentionRecorder:
         self.images = 0
         self._rows = rows
         # Mean attention to the current map, and to the strongest `top` keys of the history.
-        self._current, self._strong = torch.zeros(2, num_layers, len(schedule), dtype=torch.float64)
+        self._current, self._strong = torch.zeros(2, num_layers, len(schedule), dtype=torch.float64, device="cpu")
         self._mass: Tensor | None = None  # (L, Hkv, K) attention to each earlier scale, summed over later ones
         self._sequences = 0
         self._calls = 0
@@ -52,13 +52,14 @@ class AttentionRecorder:
         if layer != expected:
             raise ValueError(f"layer is {layer}; the next call is layer {expected} of step {step}")
         if self._mass is None:
-            self._mass = torch.zeros(len(self._keys), k.shape[2], len(self.schedule), dtype=torch.float64)
+            self._mass = torch.zeros(len(self._keys), k.shape[2], len(self.schedule), dtype=torch.float64, device="cpu")
         keys = self._keys[layer] = [*self._keys[layer], k] if step else [k]
         every = torch.cat(keys, dim=1).float().permute(0, 2, 3, 1)  # [B, Hkv, D, N]
-        strong, scales, queries = 0.0, torch.zeros(k.shape[2], step + 1, dtype=torch.float64), q.shape[1]
+        strong, scales, queries = 0.0, torch.zeros(k.shape[2], step + 1, dtype=torch.float64, device="cpu"), q.shape[1]
         for part in q.float().split(self._rows, dim=1):
             grouped = part.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, Hkv, G·n, D]
-            weights = (softmax_scale * grouped @ every).softmax(-1)
+            with torch.autocast(q.device.type, enabled=False):  # the same measurement with autocast and without
+                weights = (softmax_scale * grouped @ every).softmax(-1)
             share = part.shape[1] / queries
             for scale, own in enumerate(weights.split([each.shape[1] for each in keys], dim=-1)):
                 scales[:, scale] += share * own.sum(-1).mean((0, 2)).double().cpu()
@@ -99,7 +100,7 @@ class AttentionRecorder:
         """
         self._check_seen()
         assert self._mass is not None
-        later = torch.arange(len(self.schedule) - 1, -1, -1).clamp_min(1)
+        later = torch.arange(len(self.schedule) - 1, -1, -1, device="cpu").clamp_min(1)
         return (self._mass / (self._sequences * later)).tolist()
 
     def check_count(self, count: int | None) -> None:

@@ -62,7 +62,7 @@ class SimilarityRecorder:
     ) -> None:  # fmt: skip
         self.schedule, self.inner, self.mode = schedule, inner, mode
         self.images = 0
-        self._sums = torch.zeros(num_layers, len(schedule), dtype=torch.float64)  # over sequences
+        self._sums = torch.zeros(num_layers, len(schedule), dtype=torch.float64, device="cpu")  # over sequences
         self._sequences = 0
         self._calls = 0
         self._previous: list[Tensor | None] = [None] * num_layers

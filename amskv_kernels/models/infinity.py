@@ -253,11 +253,11 @@ class InfinityStack(nn.Module):
         features, cu_seqlens, _ = text
         lengths = cu_seqlens.diff()
         index = torch.repeat_interleave(torch.arange(len(lengths), device=features.device), lengths)
-        start = torch.zeros(len(lengths), features.shape[1], device=features.device)
+        start = torch.zeros(len(lengths), features.shape[1], dtype=torch.float32, device=features.device)
         start = start.index_add(0, index, features.float()) / lengths[:, None]
         cond = self.shared_ada_lin(start).view(len(lengths), 1, 6, -1)
         grid, last = rope_grid(schedule, self.config.head_dim), schedule.sizes[-1]
-        x, total = start[:, None] + self.pos_start, torch.zeros((), device=features.device)
+        x, total = start[:, None] + self.pos_start, torch.zeros((), dtype=torch.float32, device=features.device)
         self.kv_caching(True)
         for scale, size in enumerate(schedule.sizes):
             x = x + self.lvl_embed.weight[scale]

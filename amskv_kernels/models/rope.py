@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,9 +37,10 @@ def rope2d_tables(
         raise ValueError(f"head_dim is {head_dim}; it must be a multiple of 4")
     (h, w), (last_h, last_w) = schedule.sizes[scale], schedule.sizes[-1]
     half = head_dim // 2
-    frequency = 1.0 / (base ** (torch.arange(0, half, 2).float() / half))  # [D/4]
+    exact: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the user's defaults are
+    frequency = 1.0 / (base ** (torch.arange(0, half, 2, **exact) / half))  # [D/4]
     by_row, by_column = (
-        torch.outer((torch.arange(size) * (last / size)).round(), frequency)
+        torch.outer((torch.arange(size, **exact) * (last / size)).round(), frequency)
         for size, last in ((h, last_h), (w, last_w))
     )
     angle = torch.cat([by_row[:, None].expand(h, w, -1), by_column[None].expand(h, w, -1)], dim=-1)

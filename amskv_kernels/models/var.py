@@ -215,10 +215,8 @@ class VAR(CheckedModule):
         scale_of = torch.cat([torch.full((n,), k) for k, n in enumerate(schedule.tokens)])
         self.register_buffer("lvl_1L", scale_of[None])
         blocked = scale_of[:, None] < scale_of[None, :]
-        # part of the checkpoints; attention objects mask by themselves
-        self.register_buffer(
-            "attn_bias_for_masking", torch.zeros(blocked.shape).masked_fill(blocked, -torch.inf)[None, None]
-        )
+        mask = torch.zeros(blocked.shape, dtype=torch.float32).masked_fill(blocked, -torch.inf)
+        self.register_buffer("attn_bias_for_masking", mask[None, None])  # of checkpoints; who attends masks by itself
 
     def _places(self) -> Tensor:
         """What every position adds to its input: scale and position embedding, (1, schedule.total, C)."""
@@ -344,7 +342,7 @@ class VAR(CheckedModule):
         cond = self.class_emb(torch.cat((labels, torch.full_like(labels, self.config.num_classes))))
         modulations, places = self.modulations(cond), self._places()
         x = self._start(cond)
-        fhat = torch.zeros(batch, self.config.z_channels, *schedule.sizes[-1], device=cond.device)
+        fhat = torch.zeros(batch, self.config.z_channels, *schedule.sizes[-1], dtype=torch.float32, device=cond.device)
         drawn = []
         for k, (offset, n) in enumerate(zip(schedule.offsets, schedule.tokens, strict=True)):
             logits = self._logits(x + places[:, offset : offset + n], cond, modulations, attention)

@@ -357,7 +357,7 @@ class VQVAE(CheckedModule):
 
     def _sums(self, tokens: Tensor) -> Iterator[Tensor]:
         h, w = self.config.schedule.sizes[-1]
-        fhat = torch.zeros(tokens.shape[0], self.config.z_channels, h, w, device=tokens.device)
+        fhat = torch.zeros(tokens.shape[0], self.config.z_channels, h, w, dtype=torch.float32, device=tokens.device)
         for k, part in enumerate(self._split(tokens)):
             fhat = fhat + self.quantize.spread(k, part)
             yield fhat

@@ -14,6 +14,8 @@ def attn(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """softmax(softmax_scale · q [history, k]ᵀ) [history, v], then the store.
 
+    A query that scores −inf with every key is as one without a key: 0 and −inf. A score of +inf or NaN makes both NaN.
+
     Returns:
         out (B, n, H, D) and lse (B, H, n), natural log, both fp64.
     """
@@ -28,8 +30,9 @@ def attn(
                 for i, x in enumerate((k, v))
             )
             scores = softmax_scale * q[b, :, h].double() @ keys.T
-            lse[b, h] = scores.logsumexp(-1)
-            out[b, :, h] = (scores - lse[b, h, :, None]).exp() @ values
+            lse[b, h] = own = scores.logsumexp(-1)
+            out[b, :, h] = (scores - own.masked_fill(own == -torch.inf, 0)[:, None]).exp() @ values
+    lse[lse == torch.inf] = torch.nan
     append(k, v, pages, arena, write_slots)
     return out, lse
 

@@ -48,7 +48,8 @@ def make(case: Case, seed: int = 0, device: str = "cpu") -> tuple:
         if case.held:
             read[-1].insert(0, (write[-1][0] >> ROWS_BITS << ROWS_BITS) | case.held)
     read_slots, write_slots = (
-        torch.tensor(t, dtype=torch.int32).view(rows_b, rows_h, -1).contiguous() for t in (read, write)
+        torch.tensor(t, dtype=torch.int32).view(rows_b, rows_h, len(t[0]) if t else 1).contiguous()
+        for t in (read, write)
     )
     arena = start.view(case.batch, case.kv_heads)
     for b in range(case.batch):
@@ -85,3 +86,39 @@ def sdpa_error(args: tuple, truth: Tensor) -> float:
             )[0, 0]
             worst = max(worst, float((out.double().cpu() - truth[b, :, h]).abs().max()))
     return worst
+
+
+def _set(x: Tensor, index: tuple, value: float) -> Tensor:
+    x = x.clone()
+    x[index] = value
+    return x
+
+
+NAN, INF, FIRST, EVERY = float("nan"), float("inf"), (0, 0, 0, 5), (0, slice(None), 0, 5)
+# What happens to (q, k, v) of the first sequence and head; the others must not notice.
+SPOILT = {
+    "NaN in a query": lambda q, k, v: (_set(q, FIRST, NAN), k, v),
+    "NaN in a key": lambda q, k, v: (q, _set(k, FIRST, NAN), v),
+    "NaN in a value": lambda q, k, v: (q, k, _set(v, FIRST, NAN)),
+    "NaN in every key": lambda q, k, v: (q, _set(k, EVERY, NAN), v),
+    "inf in a query": lambda q, k, v: (_set(q, FIRST, INF), k, v),
+    "a score of inf": lambda q, k, v: (_set(q, EVERY, 1.0), _set(k, FIRST, INF), v),
+    "a score of -inf": lambda q, k, v: (_set(q, EVERY, 1.0), _set(k, FIRST, -INF), v),
+    "inf in a value": lambda q, k, v: (q, k, _set(v, FIRST, INF)),
+    "every score -inf": lambda q, k, v: (_set(q, EVERY, 1.0), _set(k, EVERY, -INF), v),
+}
+
+
+def spoilt(args: tuple, what: str) -> tuple:
+    """The same call with values that are no numbers; where every score is to be −inf, those of history too."""
+    q, k, v = SPOILT[what](*args[:3])
+    pages = args[3].clone()
+    if what == "every score -inf":
+        pages[:, 0, :, 5] = torch.where(pages[:, 0, :, 5].isnan(), torch.nan, -torch.inf).to(pages.dtype)
+    return (q, k, v, pages, *args[4:])
+
+
+def same_kinds(found: Tensor, truth: Tensor) -> bool:
+    """Whether NaN, inf and −inf stand in the same places."""
+    pairs = ((found.isnan(), truth.isnan()), (found.isposinf(), truth.isposinf()), (found.isneginf(), truth.isneginf()))
+    return all(torch.equal(x, y) for x, y in pairs)

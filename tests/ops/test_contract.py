@@ -216,3 +216,37 @@ def test_missing_arguments_are_named(name):
 def test_every_op_says_what_it_does(name):
     assert ops.__dict__[name].__doc__ == op_of(name).__doc__
     assert "Raises" in op_of(name).__doc__ or "errors as for `attn`" in op_of(name).__doc__
+
+
+EMPTY = [
+    {"batch": 0}, {"n": 0}, {"batch": 0, "n": 0}, {"batch": 0, "history": ()}, {"n": 0, "history": ()},
+    {"batch": 0, "per_batch": True, "per_head": True}, {"batch": 0, "stored": (5,)}, {"history": (0, 0)},
+]  # fmt: skip
+
+
+def check_empty_calls(shape: dict) -> None:
+    """Every op where there are no sequences, no tokens or no history, on the backend of the moment."""
+    case = Case(**{"n": 5, "history": (16, 2), "dtype": HALF, **shape})
+    args = make(case)
+    out, lse = torch.ops.amskv.attn(*args)
+    truth, truth_lse = reference.attn(*args)
+    assert out.dtype == HALF
+    torch.testing.assert_close((out.double(), lse.double()), (truth, truth_lse), rtol=1e-2, atol=1e-2)
+    torch.ops.amskv.append(*args[1:5], args[6])
+    scores = make_scores(case)
+    for mode in ("softmax", "sum_logits"):
+        found, truth = torch.ops.amskv.window_scores(*scores, mode), reference.window_scores(*scores, mode)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), truth, rtol=1e-2, atol=1e-2)
+    pages, *rest = make_compact(case, (2,) if case.n or case.history else ())
+    expected = pages.clone()
+    reference.compact(expected, *rest)
+    torch.ops.amskv.compact(pages, *rest)
+    assert torch.equal(pages.view(torch.uint8), expected.view(torch.uint8))
+    q, k = torch.ops.amskv.prepare_qk(torch.zeros(case.batch, case.n, 4, 64, dtype=HALF), 1)
+    assert (q.shape, k.shape) == ((case.batch, case.n, 2, 64), (case.batch, case.n, 1, 64))
+
+
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
+def test_empty_calls(shape):
+    check_empty_calls(shape)

@@ -4,7 +4,7 @@ from zlib import crc32
 
 import pytest
 import torch
-from attn_cases import Case, make, sdpa_error
+from attn_cases import SPOILT, Case, make, same_kinds, sdpa_error, spoilt
 
 import amskv_kernels
 from amskv_kernels.ops import reference
@@ -42,6 +42,19 @@ def test_attn_is_the_reference(case, dtype):
     assert lse.dtype == torch.float32
     assert (lse.double() - truth_lse).abs().max() < (1e-5 if dtype == torch.float32 else 3e-2)
     assert torch.equal(args[3].view(torch.uint8), expected_pages.view(torch.uint8)), "every byte, NaN included"
+
+
+@pytest.mark.parametrize("what", SPOILT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [Case(n=1), Case(n=3, history=(5,)), Case(n=40, history=(16,) * 9), CASES[7]], ids=str)
+def test_what_is_no_number_spoils_its_own_rows(case, dtype, what):
+    """Also where the attention that PyTorch brings along gives zeros for rows without a finite score."""
+    args = spoilt(make(Case(**{**case.__dict__, "dtype": dtype}), seed=2), what)
+    truth, truth_lse = reference.attn(*args[:3], args[3].clone(), *args[4:])
+    out, lse = attn(*args)
+    assert same_kinds(out, truth)
+    assert same_kinds(lse, truth_lse)
+    torch.testing.assert_close(out.double(), truth, rtol=1e-2, atol=1e-2, equal_nan=True)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.stored], ids=str)

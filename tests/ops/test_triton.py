@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 from dataclasses import replace
+from pathlib import Path
 from zlib import crc32
 
 import large_logits
 import pytest
 import torch
-from attn_cases import Case, make, sdpa_error
+from attn_cases import SPOILT, Case, make, same_kinds, sdpa_error, spoilt
 from extra_cases import (
     COMPACT_CASES,
     LARGE,
@@ -27,6 +29,7 @@ from extra_cases import (
     make_qk,
     make_scores,
 )
+from test_contract import EMPTY, check_empty_calls
 
 import amskv_kernels
 from amskv_kernels import ops
@@ -138,6 +141,37 @@ def test_attn_with_logits_of_every_size(forced, case, dtype):
 
 
 @interpreted
+@pytest.mark.parametrize("what", SPOILT)
+@pytest.mark.parametrize("shares", [1, 5])
+@pytest.mark.parametrize("case", [SMALL[2], Case(n=20, history=(16,) * 4 + (3,), dtype=HALF)], ids=str)
+def test_what_is_no_number_spoils_its_own_rows(forced, monkeypatch, case, shares, what):
+    from amskv_kernels.ops.backends.triton import attn
+
+    monkeypatch.setattr(attn, "split_count", lambda *_: shares)
+    args = spoilt(make(case, 2), what)
+    truth, truth_lse = reference.attn(*args[:3], args[3].clone(), *args[4:])
+    out, lse = torch.ops.amskv.attn(*args)
+    assert same_kinds(out, truth)
+    assert same_kinds(lse, truth_lse)
+    torch.testing.assert_close(out.double(), truth, rtol=3e-2, atol=3e-2, equal_nan=True)
+
+
+@pytest.mark.parametrize("n", [3, 400])
+def test_only_the_first_dimension_of_a_grid_grows(n):
+    """The others end at 65,535: sequences and heads must not stand there."""
+    pytest.importorskip("triton")
+    from amskv_kernels.ops.backends.triton import append, attn, compact, prepare_qk, window_scores
+
+    q = torch.empty(1, 1, 2, 64, dtype=HALF).expand(70_000, n, 2, 64)
+    table = torch.zeros(1, 1, 1, dtype=torch.int32)
+    launch = attn.plan_launch(q, q, q, torch.empty(1, 2, 16, 64, dtype=HALF), table, table, 1.0)
+    assert launch.start.grid[0] >= 70_000
+    assert launch.start.grid[1:] == (1, 1)
+    for module in (append, attn, compact, prepare_qk, window_scores):
+        assert "program_id(1)" not in Path(module.__file__).read_text()
+
+
+@interpreted
 @pytest.mark.parametrize("layout", ["heads first", "batch inside", "unaligned", "broadcast queries"])
 @pytest.mark.parametrize("n", [3, 21])
 def test_attn_reads_any_strides(forced, layout, n):
@@ -217,6 +251,12 @@ def test_nothing_to_do_launches_nothing(forced):
 
 
 @interpreted
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
+def test_empty_calls(forced, shape):
+    check_empty_calls(shape)
+
+
+@interpreted
 def test_auto_keeps_the_cpu_off_the_interpreter():
     assert ops.choose("attn", "cpu").backend == "torch"
 
@@ -230,6 +270,46 @@ def test_triton_serves_a_gpu_and_says_why_not_a_cpu(monkeypatch):
     choice = ops.choose("attn", "cuda")
     assert choice.backend == "torch"
     assert choice.reason.endswith("triton: Triton is not installed")
+
+
+BROKEN = {
+    "a stub": (types.ModuleType("triton"), "what is installed as triton has no triton.jit"),
+    "not there": (None, "Triton is not installed"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_triton_is_named_and_the_cpu_does_not_care(monkeypatch, what):
+    module, reason = BROKEN[what]
+    monkeypatch.setitem(sys.modules, "triton", module)
+    choice = ops.choose("attn", "cuda")
+    assert (choice.backend, choice.reason.partition("triton: ")[2]) == ("torch", reason)
+    torch.ops.amskv.attn(*make(SMALL[0]))
+
+
+def test_a_triton_that_does_not_import_is_named(tmp_path):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton/__init__.py").write_text("raise OSError('libtriton.so: cannot open')")
+    code = "from amskv_kernels import ops; print(ops.choose('attn', 'cuda').reason)"
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.stdout.strip().endswith("triton: Triton does not import: OSError: libtriton.so: cannot open"), (
+        done.stderr
+    )
+
+
+def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    choice = ops.choose("attn", "cuda")
+    assert choice.backend == "torch"
+    assert choice.reason.endswith("triton: Triton needs a C compiler, and gcc or clang is not on PATH")
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    assert ops.choose("attn", "cuda").reason.endswith("and /nowhere/cc is not on PATH")
 
 
 def test_the_tile_table_serves_every_call():

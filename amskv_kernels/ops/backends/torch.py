@@ -6,6 +6,7 @@ read on the host and become rows of indices; a prepared call does so once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -214,12 +215,16 @@ def _softmax(
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, attn_mask=bias, scale=softmax_scale
         )
-        return out, lse.float()
+        lse = lse.float()
+        # It gives 0 and 0 where it finds no finite score, NaN ones among them: such calls are done again below.
+        if math.isfinite(float((lse + lse.reciprocal()).sum())):
+            return out, lse
     scores = (q.float() @ k.float().mT) * softmax_scale
     if bias is not None:
         scores = scores + bias
     lse = scores.logsumexp(-1)
-    return ((scores - lse[..., None]).exp() @ v.float()).to(q.dtype), lse
+    weights = (scores - lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp()
+    return (weights @ v.float()).to(q.dtype), lse.masked_fill(lse.isposinf(), math.nan)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ class Start:
     pointer alignment must be those of the first, go past Triton's own look-up of what was compiled: 20 µs less."""
 
     def __init__(self, kernel: Any, grid: tuple[int, int, int], meta: dict[str, Any]) -> None:
-        self._kernel, self._grid, self._meta = kernel, grid, meta
+        self._kernel, self.grid, self._meta = kernel, grid, meta
         self._constants: tuple[Any, ...] = ()
         self._compiled: Callable[..., Any] | None = None
 
@@ -163,7 +163,7 @@ class Start:
         if self._compiled is not None:
             self._compiled(*args, *self._constants)
             return
-        compiled = self._kernel[self._grid](*args, **self._meta)
+        compiled = self._kernel[self.grid](*args, **self._meta)
         if compiled is not None:  # the interpreter compiles nothing
             self._constants = tuple(self._meta[p.name] for p in self._kernel.params if p.is_constexpr)
-            self._compiled = compiled[self._grid]
+            self._compiled = compiled[self.grid]
