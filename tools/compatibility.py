@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from amskv_kernels.cli import console
+from amskv_kernels.files import write_json
 from tools.make_wheel import ROOT, SMOKE, build
 
 Row = dict[str, Any]
@@ -189,7 +190,7 @@ def keep(row: Row, wheel: Path) -> None:
     rows = [old for old in report.get("rows", []) if key(old) != key(row)] + [row]
     order = {name: i for i, name in enumerate((*TORCHES, *PYTHONS))}
     rows.sort(key=lambda r: (r["kind"] == "suite", order[r["asked"]["torch"]], order[r["asked"]["python"]]))
-    REPORT.write_text(json.dumps(here | {"rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(REPORT, here | {"rows": rows}, ensure_ascii=False)
 
 
 def nvcc() -> str | None:

@@ -19,6 +19,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from amskv_kernels.cli import console
+
 ROOT = Path(__file__).parents[1]
 DIST = ROOT / "dist"
 ALLOWED = Path(__file__).with_name("torch-2.10-abi.txt")
@@ -127,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console.run(main))

@@ -23,6 +23,8 @@ sys.path[:0] = [str(ROOT / "csrc" / "cmake"), str(ROOT)]
 
 from build_info import readable  # noqa: E402
 
+from amskv_kernels.cli import console  # noqa: E402
+
 # SASS mnemonic → what it is.
 WATCHED = {
     "LDGSTS": "cp.async", "LDSM": "ldmatrix", "HMMA": "mma", "UTMALDG": "TMA load", "UTMASTG": "TMA store",
@@ -174,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console.run(main))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import amskv_command
 from amskv_kernels.cli import console, main
 
 ROOT = Path(__file__).parents[2]
@@ -23,19 +24,22 @@ def amskv(*arguments, **options):
     )
 
 
+SCREENS = [list(PLAN[2:]), ["doctor"], ["--help"], ["plan", "--help"], ["calibrate", "--help"]]
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8", "utf-16"])
-def test_consoles_of_any_encoding(encoding):
-    done = amskv(*PLAN, env={"PYTHONIOENCODING": encoding}, stdout=subprocess.PIPE)
+def test_consoles_of_any_encoding(monkeypatch, encoding):
+    for arguments in SCREENS:
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(arguments) == 0
+        assert stream.buffer.getvalue().decode(encoding)
+
+
+def test_a_console_that_knows_few_signs():
+    done = amskv(*PLAN, env={"PYTHONIOENCODING": "ascii"}, stdout=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (0, b"")
-    assert "retained" in done.stdout.decode(encoding)
-
-
-@pytest.mark.parametrize("arguments", [["doctor"], ["--help"], ["plan", "--help"], ["calibrate", "--help"]])
-def test_every_screen_on_an_ascii_console(monkeypatch, arguments):
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", stream)
-    assert main(arguments) == 0
-    assert stream.buffer.getvalue()
+    assert b"MiB" in done.stdout
 
 
 def test_errors_on_an_ascii_console():
@@ -119,16 +123,36 @@ def test_other_errors_are_their_callers():
         console.run(lambda: 1 // 0)
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["benchmarks", "benchmarks.report.readme", "examples.digits.demo", "examples.digits.evaluate",
-     "examples.digits.shootout", "examples.digits.train", "tools.compatibility", "tools.gpu_pack", "tools.gpu_session",
-     "tools.kernel_report", "tools.make_sdist", "tools.tune"],
-)  # fmt: skip
-def test_every_command_goes_through_the_console(module):
-    path = ROOT / module.replace(".", "/")
-    source = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
-    assert "sys.exit(console.run(" in source.read_text(encoding="utf-8").split('if __name__ == "__main__":')[1]
+def commands():
+    """Every file of the project that is run by itself, but the one that runs where nothing is installed."""
+    for folder in ("benchmarks", "examples", "tools"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8") and path.name != "one_call.py":
+                yield path
+
+
+@pytest.mark.parametrize("path", list(commands()), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_goes_through_the_console(path):
+    start = path.read_text(encoding="utf-8").split('if __name__ == "__main__":')[1]
+    assert "sys.exit(console.run(" in start
+
+
+IMPORTING = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+
+
+def test_an_interrupt_while_everything_is_imported_is_quiet(tmp_path):
+    (tmp_path / "amskv_kernels").mkdir()
+    (tmp_path / "amskv_kernels" / "__init__.py").write_text(IMPORTING)
+    command = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; import amskv_command; sys.exit(amskv_command.main())"
+    done = amskv("-c", command)
+    assert (done.returncode, done.stderr) == (130, b"")
+
+
+def test_the_installed_command_is_the_command_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["amskv", "--version"])
+    assert amskv_command.main() == 0
+    assert capsys.readouterr().out.startswith("amskv_kernels ")
+    assert 'amskv = "amskv_command:main"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 FOREIGN = """

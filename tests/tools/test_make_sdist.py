@@ -14,7 +14,7 @@ def test_everything_that_the_build_reads_is_in_the_archive(tmp_path):
     cmake = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
     named = set(re.findall(r"csrc/[\w./-]+\.\w+", cmake))
     assert named
-    assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"} | named <= found
+    assert {"CMakeLists.txt", "amskv_command.py", "setup.py", "pyproject.toml", "LICENSE", "README.md"} | named <= found
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
         "\n"
     )
