@@ -54,7 +54,7 @@ def lifetimes(
 
 def planned_heads(policy: Policy, schedule: ScaleSchedule, num_layers: int, kv_heads: int | None) -> int:
     """How many heads of a layer are planned on their own."""
-    if not isinstance(policy, HeadPolicy):
+    if not isinstance(policy, HeadPolicy) or policy.alike:
         return 1
     if kv_heads is None:
         raise ValueError(f"kv_heads is None; {type(policy).__name__} treats heads differently and must know it")

@@ -62,6 +62,11 @@ class Policy(ABC):
 class HeadPolicy(Policy):
     """Decides which earlier scales each KV head of a layer reads."""
 
+    @property
+    def alike(self) -> bool:
+        """Whether all heads of a layer read the same; they are then planned as one."""
+        return False
+
     @abstractmethod
     def visible_to(self, schedule: ScaleSchedule, layer: int, head: int, step: int) -> tuple[int, ...]:
         """Earlier scales (0-based, ascending, all < step) that KV head `head` of `layer` reads at `step`."""
