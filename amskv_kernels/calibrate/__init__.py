@@ -1,6 +1,7 @@
-"""Measure a model for the policies that want it: AMS-KV, ScaleKV, HeatKV. Writes the small files that they load."""
+"""Measure a model for the policies that want it: AMS-KV, ScaleKV, HeatKV, LeastLoss. Writes small files for them."""
 
 from amskv_kernels.calibrate.attention import AttentionRecorder
+from amskv_kernels.calibrate.losses import LossRecorder
 from amskv_kernels.calibrate.similarity import SimilarityRecorder, calibrate, demanding_layers, key_similarity
 
-__all__ = ["AttentionRecorder", "SimilarityRecorder", "calibrate", "demanding_layers", "key_similarity"]
+__all__ = ["AttentionRecorder", "LossRecorder", "SimilarityRecorder", "calibrate", "demanding_layers", "key_similarity"]

@@ -1,4 +1,4 @@
-"""`amskv calibrate`: measure a checkpoint for AMS-KV, ScaleKV or HeatKV."""
+"""`amskv calibrate`: measure a checkpoint for AMS-KV, ScaleKV, HeatKV or LeastLoss."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Infinity: pass a recorder of amskv_kernels.calibrate as patch(infinity, Full(), 
 def add(commands: Any) -> None:
     """Add the command to the parser's."""
     calibrate = commands.add_parser(
-        "calibrate", help="measure a model for AMS-KV, ScaleKV or HeatKV", epilog=EPILOG,
+        "calibrate", help="measure a model for AMS-KV, ScaleKV, HeatKV or LeastLoss", epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     calibrate.add_argument(
@@ -38,7 +38,8 @@ def add(commands: Any) -> None:
     calibrate.add_argument("--model", help="var-d16 … var-d36, where the file must be of that model")
     calibrate.add_argument(
         "--method", choices=sorted(_METHODS), default="similarity",
-        help="similarity of keys for AMS-KV (default), attention selectivity (ASI) for ScaleKV, S-CAS for HeatKV",
+        help="similarity of keys for AMS-KV (default), attention selectivity (ASI) for ScaleKV, S-CAS for HeatKV, loss "
+        "of forgetting scales for LeastLoss and AMS-KV",
     )  # fmt: skip
     calibrate.add_argument("--theta", type=number, help="similarity: layers of a mean below this are demanding")
     calibrate.add_argument(
@@ -54,7 +55,7 @@ def add(commands: Any) -> None:
     calibrate.add_argument("--seed", type=seed, default=0, help="of classes and sampling (default 0)")
     calibrate.add_argument("--device", type=device, help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     calibrate.add_argument("--out", type=output_file, default="calibration.json", help="default calibration.json")
-    calibrate.add_argument("--plot", type=picture, metavar="PNG", help="similarity: draw it, layers × scales")
+    calibrate.add_argument("--plot", type=picture, metavar="PNG", help="similarity, loss: draw it, layers × scales")
     calibrate.set_defaults(run=run)
 
 
@@ -125,8 +126,29 @@ def _scas(arguments: argparse.Namespace) -> str:
     return "heatkv:10"
 
 
-_METHODS = {"similarity": _similarity, "asi": _asi, "scas": _scas}
-_OPTIONS = {"similarity": ("theta", "count", "plot"), "asi": ("count", "top"), "scas": ("protected",)}
+def _loss(arguments: argparse.Namespace) -> str:
+    from amskv_kernels.calibrate import LossRecorder
+    from amskv_kernels.cli import plots
+
+    var, generate, name = _load(arguments)
+    recorder = LossRecorder(var.config.schedule, var.config.depth)
+    generate(recorder)
+    found = recorder.losses(name)
+    found.save(arguments.out)
+    worst = found.alone().sum(1)[:, -1, :-1]  # of the last step's queries
+    layer, scale = divmod(int(worst.argmax()), worst.shape[1])
+    h, w = found.schedule[scale]
+    print(f"losses            the last map would miss scale {scale} ({h}×{w}) of layer {layer} most")
+    if arguments.plot:
+        plots.losses(found, arguments.plot)
+        print(f"plot              {arguments.plot}")
+    return "least-loss:25"
+
+
+_METHODS = {"similarity": _similarity, "asi": _asi, "scas": _scas, "loss": _loss}
+_OPTIONS = {
+    "similarity": ("theta", "count", "plot"), "asi": ("count", "top"), "scas": ("protected",), "loss": ("plot",),
+}  # fmt: skip
 
 
 def _load(arguments: argparse.Namespace) -> tuple[VAR, Callable[[Any], None], str]:

@@ -11,7 +11,8 @@ import numpy as np
 from amskv_kernels.files import check_writable, replacing
 from amskv_kernels.planning.memory import MIB, counted
 from amskv_kernels.planning.plan import CachePlan
-from amskv_kernels.policies import Calibration
+from amskv_kernels.policies import Calibration, Losses
+from amskv_kernels.schedule import ScaleSchedule
 
 FORMATS = (".png", ".pdf")
 
@@ -123,4 +124,21 @@ def quality(rows: Sequence[Mapping[str, Any]], title: str, path: str | Path) -> 
         axes.grid(alpha=0.3)
     right.legend(fontsize=8)
     figure.suptitle(title)
+    save(figure, path)
+
+
+def losses(measured: Losses, path: str | Path) -> None:
+    """What forgetting a scale costs, layers × scales: on all later queries together, and for each of its tokens."""
+    tokens = np.asarray(ScaleSchedule(measured.schedule).tokens)
+    alone = measured.alone().sum(1)  # (L, step, scale) of one query, all heads
+    total = np.einsum("lts,t->ls", alone, tokens)[:, :-1]
+    figure, axes = new_figure(4 + 1.0 * total.shape[1], 1.8 + 0.28 * len(total), columns=2)
+    for axis, table, title in zip(axes, (total, total / tokens[:-1]), ("whole scale", "per token"), strict=True):
+        image = axis.imshow(np.log10(table.clip(table.max() * 1e-6)), aspect="auto", cmap="magma")
+        figure.colorbar(image, ax=axis, label="log₁₀ loss")
+        axis.set_xticks(range(total.shape[1]), [f"{h}×{w}" for h, w in measured.schedule[:-1]], rotation=45)
+        axis.set_xlabel("scale forgotten")
+        axis.set_title(title)
+    axes[0].set_ylabel("layer")
+    figure.suptitle(f"What forgetting costs {measured.model}, {counted(measured.images, 'image')}")
     save(figure, path)

@@ -4,7 +4,9 @@ from amskv_kernels.policies.base import HeadPolicy, Policy, Selection, TokenPoli
 from amskv_kernels.policies.budgets import Share, Tokens
 from amskv_kernels.policies.calibration import Calibration
 from amskv_kernels.policies.drafters import Drafters
+from amskv_kernels.policies.fitted import LeastLoss, Lifetimes
 from amskv_kernels.policies.heads import HeadOrders, HeatKV
+from amskv_kernels.policies.losses import Losses
 from amskv_kernels.policies.parse import PUBLISHED_SAVINGS, parse_policy
 from amskv_kernels.policies.tokens import H2O, PyramidKV, Recent, ScaleKV, SnapKV
 from amskv_kernels.policies.whole_scale import AMSKV, AMSKVCapacity, Full, Sink, SlidingWindow
@@ -20,6 +22,9 @@ __all__ = [
     "HeadOrders",
     "HeadPolicy",
     "HeatKV",
+    "LeastLoss",
+    "Lifetimes",
+    "Losses",
     "Policy",
     "PyramidKV",
     "Recent",

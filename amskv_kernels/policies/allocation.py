@@ -1,17 +1,17 @@
 """Which scales every row keeps at every step, so that the expected loss is least under a cap: an integer program.
 
 A row is a layer, or a head of one. Its state at a step is the set of scales it keeps; what may follow are the set's
-subsets, with or without the scale just drawn. Given a price per token and call the rows do not touch each other, and the
-best course of a row is a shortest path through its states. The prices come from a linear program over the courses found
-so far (column generation; HiGHS solves it), and every pricing bounds from below what any allocation can lose. At the end
-few rows are torn between courses: a small integer program decides those, and then whichever row gains most from the exact
-room that the others leave it is given its best course, until none gains.
+subsets, with or without the scale just drawn. Given a price per token and call the rows do not touch each other, and
+the best course of a row is a shortest path through its states. The prices come from a linear program over the courses
+found so far (column generation; HiGHS solves it), and every pricing bounds from below what any allocation can lose. At
+the end few rows are torn between courses: a small integer program decides those, and then whichever row gains most from
+the exact room that the others leave it is given its best course, until none gains.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,9 @@ Ints = npt.NDArray[np.int64]
 ROUNDS = 200  # of pricing at most; 10 … 50 are usual
 CLOSE = 1e-3  # distance of bound and linear program, relative, at which pricing ends
 AROUND = (0.7, 0.85, 1.15, 1.4)  # times the right prices: what rows would do with a little more or less room
+PART = 160  # rows whose prices serve as a start where there are more
 NODES = 2000  # of the integer program's search at most; the same everywhere, as a time limit is not
-MOVES = 200  # of single rows at most, after rounding
+MOVES = 100  # of single rows at most, after rounding
 ROUNDING = 1e-6  # of a token, or of a loss relative to all
 
 
@@ -97,24 +98,40 @@ def allocate(problem: Problem) -> Allocation:
     least = _uses(problem, nothing).sum(0) + _in_flight(problem)
     if least.max() > problem.cap + ROUNDING:
         raise ValueError(
-            f"the budget is {problem.cap / problem.rows:.4g} tokens; the {problem.protected} protected scales, with what "
-            f"is in flight where the peak is capped, take {least.max() / problem.rows:.4g}"
+            f"the budget is {problem.cap / problem.rows:.4g} tokens; the {problem.protected} protected scales, with "
+            f"what is in flight where the peak is capped, take {least.max() / problem.rows:.4g}"
         )
-    everything = nothing + [len(table) - 1 for table in problem.tables]
+    everything = nothing + np.array([len(table) - 1 for table in problem.tables])
     if (_uses(problem, everything).sum(0) + _in_flight(problem)).max() <= problem.cap + ROUNDING:
         return Allocation(_last_read(problem, everything), 0.0, 0.0)
-    courses, mixed, bound = _priced(problem, [nothing, everything])
-    chosen = _improved(problem, _settled(problem, courses, mixed, nothing))
+    courses, mixed, bound, _ = _priced(problem, [nothing, everything], _first_prices(problem, nothing, everything))
+    chosen = _improved(problem, _settled(problem, courses, mixed, nothing), bound)
     loss = float(_losses(problem, chosen).sum())
     return Allocation(_last_read(problem, chosen), loss, min(bound, loss))
 
 
-def _priced(problem: Problem, courses: list[Ints]) -> tuple[list[Ints], list[Ints], float]:
-    """All courses (rows, K) found, those that the linear program mixes when the prices are right, and the bound."""
+def _first_prices(problem: Problem, nothing: Ints, everything: Ints) -> Floats:
+    """Prices to start from: 0, or where there are very many rows what an even part of them comes to."""
+    every = -(-problem.rows // PART)
+    if every == 1 or problem.peak:
+        return np.zeros_like(_in_flight(problem))
+    tables = [table[:, ::every] for table in problem.tables]
+    part = problem._replace(tables=tables, cap=problem.cap * tables[0].shape[1] / problem.rows)
+    return _priced(part, [nothing[::every], everything[::every]], np.zeros_like(_in_flight(problem)))[-1]
+
+
+def _priced(
+    problem: Problem, courses: list[Ints], prices: Floats
+) -> tuple[list[Ints], list[Ints], float, Floats]:  # fmt: skip
+    """All courses (rows, K) found, those that the linear program mixes in the end, the bound, and the prices."""
+    courses = [
+        *courses,
+        *(_cheapest(problem, _spread(problem, factor * prices))[0] for factor in AROUND if prices.any()),
+    ]
     losses = [float(_losses(problem, course).sum()) for course in courses]
     room = problem.cap - _in_flight(problem)
     uses = [_uses(problem, course).sum(0) for course in courses]
-    prices, bound, mix = np.zeros_like(room), 0.0, np.ones(0)
+    bound, mix, new = 0.0, np.ones(0), prices
     for turn in range(ROUNDS):
         mix, value, new = _program(np.array(losses), np.array(uses).T, room, np.zeros(len(losses), dtype=np.int64))
         if value - bound <= CLOSE * value:
@@ -127,7 +144,7 @@ def _priced(problem: Problem, courses: list[Ints]) -> tuple[list[Ints], list[Int
         courses, losses, uses = [*courses, course], [*losses, loss], [*uses, use]
     mixed = [course for course, weight in zip(courses, mix, strict=False) if weight > ROUNDING]
     around = [_cheapest(problem, _spread(problem, factor * new))[0] for factor in AROUND]
-    return [*courses, *around], mixed, bound
+    return [*courses, *around], mixed, bound, new
 
 
 def _program(
@@ -172,8 +189,8 @@ def _program(
 def _settled(problem: Problem, courses: list[Ints], mixed: list[Ints], nothing: Ints) -> Ints:
     """One course for each row, within the cap.
 
-    Where the linear program, free to mix row by row, wants a single course, that one. The rest, never many more than there
-    are calls, is an integer program over all courses seen, and it is solved as one.
+    Where the linear program, free to mix row by row, wants a single course, that one. The rest, never many more than
+    there are calls, is an integer program over all courses seen, and it is solved as one.
     """
     everyone = np.arange(problem.rows)
     room = problem.cap - _in_flight(problem)
@@ -198,12 +215,14 @@ def _options(courses: list[Ints], rows: Ints) -> tuple[Ints, Ints]:
     return np.concatenate(own), np.repeat(rows, [len(each) for each in own])
 
 
-def _improved(problem: Problem, chosen: Ints) -> Ints:
-    """`chosen`, within the cap, after every move of a single row that gains."""
+def _improved(problem: Problem, chosen: Ints, bound: float) -> Ints:
+    """`chosen`, within the cap, after moves of single rows, until none gains or the bound is as good as reached."""
     losses, uses = _losses(problem, chosen), _uses(problem, chosen)
     everyone = np.arange(problem.rows)
     least = ROUNDING * losses.sum()
     for _ in range(MOVES):
+        if losses.sum() <= (1 + CLOSE) * bound:
+            break
         left = problem.cap + ROUNDING - _in_flight(problem) - (uses.sum(0) - uses)  # (rows, calls)
         courses, values = _cheapest(problem, None, _rooms(problem, left))
         gains = losses - values
@@ -293,7 +312,7 @@ def _uses(problem: Problem, courses: Ints, rows: Ints | None = None) -> Floats:
     calls = np.arange(problem.layers)
     # A layer has dropped and stored what it does once its own call is over.
     use = np.where(calls > layer, held[:, 1:, None], held[:, :-1, None]) + np.where(calls == layer, fresh[..., None], 0)
-    return use.reshape(len(courses), -1)
+    return use.reshape(len(courses), len(problem.tokens) * problem.layers)
 
 
 def _in_flight(problem: Problem) -> Floats:

@@ -14,12 +14,11 @@ from amskv_kernels.arguments import instance_of, whole_number
 from amskv_kernels.files import check_fits, read_fields, write_json
 from amskv_kernels.policies.allocation import Allocation, Problem, allocate
 from amskv_kernels.policies.base import HeadPolicy
-from amskv_kernels.policies.losses import Losses, check_by
 from amskv_kernels.policies.budgets import Budget, budget_mean, check_budget
+from amskv_kernels.policies.losses import Losses, check_by
 from amskv_kernels.schedule import ScaleSchedule
 
 FORMAT = "amskv-lifetimes-1"
-PROTECTED = 2  # first scales that are kept where nothing is said: AMS-KV's condensed ones, five tokens
 
 
 class _Lifetimes(HeadPolicy):
@@ -53,9 +52,9 @@ class LeastLoss(_Lifetimes):
         budget: mean tokens per head and layer, see `amskv_kernels.policies.budgets`.
         losses: measured on the model, see `Losses`.
         by: "layer": a layer's heads keep the same scales; "head": each its own.
-        protected: the first scales, which are never dropped: the condensed ones, or a text prefix.
-        limit: what the budget caps, at every step: "retained", what is held between steps, or "peak", what any call sees,
-            its own scale's keys and values included.
+        protected: the first scales, which are never dropped, such as a text prefix.
+        limit: what the budget caps, at every step: "retained", what is held between steps, or "peak", what any call
+            sees, its own scale's keys and values included.
 
     Raises:
         TypeError: a budget that is none, or losses of another type.
@@ -65,7 +64,7 @@ class LeastLoss(_Lifetimes):
     budget: Budget
     losses: Losses
     by: Literal["layer", "head"] = "layer"
-    protected: int = PROTECTED
+    protected: int = 0
     limit: Literal["retained", "peak"] = "retained"
 
     def __post_init__(self) -> None:
@@ -74,7 +73,9 @@ class LeastLoss(_Lifetimes):
         check_by(self.by)
         most = len(self.losses.schedule) - 1
         if whole_number("protected", self.protected, 0) > most:
-            raise ValueError(f"protected is {self.protected}; it must be at most {most}, the scales that are read later")
+            raise ValueError(
+                f"protected is {self.protected}; it must be at most {most}, the scales that are read later"
+            )
         if self.limit not in ("retained", "peak"):
             raise ValueError(f"limit is {self.limit!r}; it must be 'retained' or 'peak'")
 
@@ -127,8 +128,8 @@ class Lifetimes(_Lifetimes):
 
     Args:
         schedule: the (h, w) sizes it is for.
-        reads: (L, 1 or Hkv, K) the last step at which each scale is read, −1 for never; one entry a layer where its heads
-            are alike.
+        reads: (L, 1 or Hkv, K) the last step at which each scale is read, −1 for never; one entry a layer where its
+            heads are alike.
         model: a name for people.
 
     Raises:
@@ -147,9 +148,8 @@ class Lifetimes(_Lifetimes):
         for scale, each in enumerate(zip(*(head for layer in self.reads for head in layer), strict=True)):
             for read in each:
                 if whole_number("each of reads", read, -1) in range(scale + 1) or read >= steps:
-                    raise ValueError(
-                        f"reads has step {read} for scale {scale}; it must be −1, never, or within {scale + 1} … {steps - 1}"
-                    )
+                    later = f"{scale + 1} … {steps - 1}"
+                    raise ValueError(f"reads has {read} for scale {scale}; it must be −1, never, or within {later}")
 
     def __repr__(self) -> str:
         return f"Lifetimes(of {self.model}, {len(self.reads)} layers × {len(self.reads[0])} heads)"

@@ -1,9 +1,9 @@
 """The losses file: what forgetting scales costs a model, head by head and step by step, as `LeastLoss` loads it.
 
-While a head attends at step t, let w be the weights of a query, m_s = Σ_{j∈s} w_j the attention it pays to scale s, o its
-output and a_s = m_s·o − Σ_{j∈s} w_j v_j. Where a set S of scales is forgotten, the output moves by (Σ_{s∈S} a_s) / (1 −
-Σ_{s∈S} m_s): forgetting two scales costs other than the sum of both. So what is kept of a measurement is the mean of m
-and the Gram matrix of the a, over queries and images: every set's loss follows from them.
+While a head attends at step t, let w be the weights of a query, m_s = Σ_{j∈s} w_j the attention it pays to scale s, o
+its output and a_s = m_s·o − Σ_{j∈s} w_j v_j. Where a set S of scales is forgotten, the output moves by (Σ_{s∈S} a_s) /
+(1 − Σ_{s∈S} m_s): forgetting two scales costs other than the sum of both. So what is kept of a measurement is the mean
+of m and the Gram matrix of the a, over queries and images: every set's loss follows from them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Losses:
     Args:
         schedule: the (h, w) sizes the model was measured on.
         mass: (L, Hkv, K, K) mean attention that the queries of step t pay to scale s ≤ t, at […, t, s]; 0 above.
-        gram: (L, Hkv, K, K, K) mean products a_s · a_s', at […, t, s, s'], s and s' below t; summed over the query heads
-            that share a KV head.
+        gram: (L, Hkv, K, K, K) mean products a_s · a_s', at […, t, s, s'], s and s' below t; summed over the query
+            heads that share a KV head.
         similarity: (L, K) key similarity, see `Calibration`.
         images: how many images were measured.
         model: a name for people.
@@ -186,10 +186,7 @@ def _sums_of_sets(values: Array) -> Array:
     matrix = values.ndim == 4
     sums = np.zeros((*before[:2], 1 << count))
     for i in range(count):
-        if matrix:
-            own = values[..., i, i, None] + 2 * _sums_of_sets(values[..., i, :i])
-        else:
-            own = values[..., i, None]
+        own = values[..., i, i, None] + 2 * _sums_of_sets(values[..., i, :i]) if matrix else values[..., i, None]
         sums[..., 1 << i : 2 << i] = sums[..., : 1 << i] + own
     return sums
 

@@ -13,7 +13,9 @@ from amskv_kernels.policies.base import Policy
 from amskv_kernels.policies.budgets import Share, Tokens
 from amskv_kernels.policies.calibration import Calibration
 from amskv_kernels.policies.drafters import Drafters
+from amskv_kernels.policies.fitted import LeastLoss, Lifetimes
 from amskv_kernels.policies.heads import HeadOrders, HeatKV
+from amskv_kernels.policies.losses import Losses, check_by
 from amskv_kernels.policies.tokens import H2O, PyramidKV, Recent, ScaleKV, SnapKV
 from amskv_kernels.policies.whole_scale import AMSKV, Full, Sink, SlidingWindow
 from amskv_kernels.schedule import ScaleSchedule
@@ -165,6 +167,27 @@ def _heatkv(values: list[Any], path: str | None, schedule: ScaleSchedule, num_la
     return HeatKV(kept, HeadOrders.load(path))
 
 
+def _least_loss(values: list[Any], path: str | None, schedule: ScaleSchedule, num_layers: int) -> Policy:
+    if path is None:
+        raise ValueError("LeastLoss needs losses: least-loss:KEPT@LOSSES.json (amskv calibrate --method loss)")
+    losses = Losses.load(path)
+    losses.check_fits(schedule, num_layers)
+    return LeastLoss(values[0], losses, *values[1:])
+
+
+def _lifetimes(values: list[Any], path: str | None, schedule: ScaleSchedule, num_layers: int) -> Policy:
+    if path is None:
+        raise ValueError("lifetimes stand in a file: lifetimes@POLICY.json (amskv fit)")
+    policy = Lifetimes.load(path)
+    policy.check_fits(schedule, num_layers)
+    return policy
+
+
+def _by(text: str) -> str:
+    check_by(text)
+    return text
+
+
 _KEPT = partial(_percent, "KEPT")
 _FORMS = {
     "full": _Form("full", lambda values, *_: Full()),
@@ -187,6 +210,10 @@ _FORMS = {
         takes_budget=True,
     ),
     "heatkv": _Form("heatkv:KEPT@ORDERS.json", _heatkv, (_KEPT,), 0, True, True),
+    "least-loss": _Form(
+        "least-loss:KEPT@LOSSES.json | least-loss:KEPT,head@LOSSES.json", _least_loss, (_KEPT, _by), 1, True, True
+    ),
+    "lifetimes": _Form("lifetimes@POLICY.json", _lifetimes, takes_file=True),
 }  # fmt: skip
 
 SYNTAX = (
