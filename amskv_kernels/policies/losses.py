@@ -161,17 +161,21 @@ class Losses:
         rows, columns = np.tril_indices(steps)
         mass, gram = np.zeros((layers, heads, steps, steps)), np.zeros((layers, heads, steps, steps, steps))
         at, first, second = _triangles(steps)
-        flat = {name: np.asarray(raw[name], dtype=np.float64) for name in ("mass", "gram")}
-        for name, numbers in (("mass", len(rows)), ("gram", len(at))):
-            if flat[name].shape != (layers, heads, numbers):
-                raise ValueError(
-                    f"{name} has shape {flat[name].shape}; it must be ({layers}, {heads}, {numbers}): layers, heads, "
-                    f"numbers of each"
-                )
-        mass[..., rows, columns] = flat["mass"]
-        gram[..., at, first, second] = gram[..., at, second, first] = flat["gram"]
+        mass[..., rows, columns] = _numbers("mass", raw["mass"], layers, heads, len(rows))
+        gram[..., at, first, second] = _numbers("gram", raw["gram"], layers, heads, len(at))
+        gram[..., at, second, first] = gram[..., at, first, second]
         instance_of("model", raw["model"], str)
         return cls(sizes, mass, gram, similarity, whole_number("images", raw["images"], 0), raw["model"])
+
+
+def _numbers(name: str, raw: Any, layers: int, heads: int, count: int) -> Array:
+    """(layers, heads, count) of a field, or a ValueError naming what it has."""
+    flat = [head for layer in raw for head in layer]
+    if {len(layer) for layer in raw} != {heads} or len(raw) != layers or {len(head) for head in flat} != {count}:
+        raise ValueError(f"{name} has another size than {layers} layers × {heads} heads × {count} numbers")
+    if any(type(x) not in (int, float) for head in flat for x in head):
+        raise TypeError(f"{name} holds something that is no number")
+    return np.asarray(flat, dtype=np.float64).reshape(layers, heads, count)
 
 
 def check_by(by: object) -> None:
