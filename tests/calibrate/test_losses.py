@@ -141,7 +141,7 @@ def test_misuse_and_bad_files_are_named(tmp_path):
     for old, new, message in (
         ("amskv-losses-1", "amskv-losses-9", "has format 'amskv-losses-9'; it must be 'amskv-losses-1'"),
         ('"gram":[[[', '"gram":[[[0,', "gram has another size than 2 layers × 2 heads × 10 numbers"),
-        ('"images":1', '"images":1,"gram":[[["1"]]],"x":1', "gram"),
+        ('"mass":[[[1.0', '"mass":[[["1.0"', "mass holds something that is no number"),
         ('"mass":[[[1.0', '"mass":[[[7.0', "mass holds shares of attention outside 0 … 1"),
         ('"images":1', '"images":-1', "images is -1"),
         ('"mass":', '"masses":', "field 'mass' is missing"),
