@@ -89,9 +89,12 @@ class PatchedModule(nn.Module):
 
 
 def eager(function: F) -> F:
-    """Compilers stop at this method: what it does depends on step and layer, and would be compiled anew for each."""
-    disabled: F = torch.compiler.disable(function)
-    return disabled
+    """Compilers stop at this method: what it does depends on step and layer, and would be compiled anew for each.
+
+    They are told when a module is patched: telling them imports the compiler, a second or so, and Triton with it.
+    """
+    function._amskv_eager = True  # type: ignore[attr-defined]
+    return function
 
 
 def stock(module: nn.Module) -> Any:
@@ -138,7 +141,16 @@ def require_signature(owner: object, name: str, method: str, parameters: tuple[s
 def _subclass(kind: type[PatchedModule], original: type[nn.Module]) -> type[nn.Module]:
     if issubclass(original, kind):  # a class that was wrapped while patched, as FSDP does, and never left
         return original
-    return type(f"Patched{original.__name__}", (kind, original), {"_amskv_original": original})
+    methods = {name: method for base in reversed(kind.__mro__) for name, method in vars(base).items()}
+    own = {name: _disabled(method) for name, method in methods.items() if getattr(method, "_amskv_eager", False)}
+    return type(f"Patched{original.__name__}", (kind, original), {"_amskv_original": original, **own})
+
+
+def _disabled(method: Callable[..., Any]) -> Callable[..., Any]:
+    try:
+        return torch.compiler.disable(method)
+    except Exception:  # a broken Triton: what cannot be imported will not compile anything either
+        return method
 
 
 def _redirect(
