@@ -34,7 +34,7 @@ def patch(
     Args:
         model: an instance of a public class, with its weights.
         policy: an object, `Full()` or `AMSKV(…)`; a string as `parse_policy` reads it, "ams-kv:75"; or a function from
-            the schedule at hand to a policy, for models that draw at several aspect ratios.
+            the schedule at hand to one of these, for models that draw at several aspect ratios.
         page_size: see `CachePlan.build`.
         observe: called with (layer, q, k, v, softmax_scale) at every call, for example `SimilarityRecorder.observe` to
             calibrate.
@@ -47,7 +47,8 @@ def patch(
     Raises:
         TypeError: a model of no known family, or not laid out or called like the public class: names what differs. A
             policy of another type.
-        ValueError: already patched, a head size that is not supported, or a policy that does not fit the model.
+        ValueError: already patched, a head size that is not supported, or a policy that is not known or does not fit
+            the model. What fits some schedules only, a model of many finds out when a generation begins.
     """
     inner = unwrapped(model)
     for family in _FAMILIES.values():

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from amskv_kernels.cache import OnlineKVCache, PagedKVCache
 from amskv_kernels.planning.plan import CachePlan
-from amskv_kernels.policies import AMSKVCapacity, Policy, parse_policy
+from amskv_kernels.policies import AMSKVCapacity, Policy, parse_policy, read_policy
 from amskv_kernels.schedule import ScaleSchedule
 
-PolicyLike = Policy | str | Callable[[ScaleSchedule], Policy]
+PolicyLike = Policy | str | Callable[[ScaleSchedule], Policy | str]
 Cache = PagedKVCache | OnlineKVCache
 
 
@@ -31,13 +31,10 @@ class Caches:
     def __init__(
         self, policy: PolicyLike, num_layers: int, page_size: int | None, online: bool, theta: float | None
     ) -> None:  # fmt: skip
-        if not isinstance(policy, (Policy, str)) and not callable(policy):
-            raise TypeError(f"policy is {policy!r}; it must be a Policy, a string or a function of the schedule")
         if theta is not None and not online:
             raise ValueError(f"theta is {theta}; it means something to online=True alone")
-        if isinstance(policy, Policy):
-            policy.check_layers(num_layers)
-        self._policy, self._layers, self._page_size = policy, num_layers, page_size
+        self._policy_of = _maker(policy, num_layers)
+        self._layers, self._page_size = num_layers, page_size
         self._online, self._theta = online, theta
         self._plans: dict[tuple[ScaleSchedule, int], CachePlan] = {}
         self._made_for: object = None
@@ -47,16 +44,10 @@ class Caches:
         """The policy for a schedule.
 
         Raises:
-            TypeError: the user's function gives something else, or a policy that is not for the online mode.
+            TypeError: the user's function gives no policy, or a policy that is not for the online mode.
             ValueError: what `parse_policy` raises, or no theta for the online mode.
         """
-        policy: object = self._policy
-        if isinstance(policy, str):
-            policy = parse_policy(policy, schedule, self._layers)
-        elif not isinstance(policy, Policy):
-            policy = self._policy(schedule)  # type: ignore[operator]
-            if not isinstance(policy, Policy):
-                raise TypeError(f"policy gave {policy!r} for schedule {schedule.name}; it must give a Policy")
+        policy = self._policy_of(schedule)
         if self._online and not isinstance(policy, AMSKVCapacity):
             raise TypeError(f"policy is {policy!r}; the online mode needs an AMSKV.with_capacity(…)")
         return policy
@@ -101,6 +92,28 @@ class Caches:
         if theta is None:
             raise ValueError("theta is None; the online mode needs the similarity below which a layer is demanding")
         return theta
+
+
+def _maker(policy: PolicyLike, num_layers: int) -> Callable[[ScaleSchedule], Policy]:
+    """What gives the policy for a schedule; what is wrong with a policy whatever the schedule, it says now."""
+    if isinstance(policy, Policy):
+        policy.check_layers(num_layers)
+        return lambda schedule: policy
+    if isinstance(policy, str):
+        make = read_policy(policy)
+        return lambda schedule: make(schedule, num_layers)
+    if not callable(policy):
+        raise TypeError(f"policy is {policy!r}; it must be a Policy, a string or a function of the schedule")
+
+    def made(schedule: ScaleSchedule) -> Policy:
+        found = policy(schedule)
+        if isinstance(found, str):
+            return parse_policy(found, schedule, num_layers)
+        if not isinstance(found, Policy):
+            raise TypeError(f"policy gave {found!r} for schedule {schedule.name}; it must give a Policy or a string")
+        return found
+
+    return made
 
 
 @cache

@@ -7,7 +7,7 @@ from amskv_kernels.policies.drafters import Drafters
 from amskv_kernels.policies.fitted import LeastLoss, Lifetimes
 from amskv_kernels.policies.heads import HeadOrders, HeatKV
 from amskv_kernels.policies.losses import Losses
-from amskv_kernels.policies.parse import PUBLISHED_SAVINGS, parse_policy
+from amskv_kernels.policies.parse import PUBLISHED_SAVINGS, parse_policy, read_policy
 from amskv_kernels.policies.tokens import H2O, PyramidKV, Recent, ScaleKV, SnapKV
 from amskv_kernels.policies.whole_scale import AMSKV, AMSKVCapacity, Full, Sink, SlidingWindow
 
@@ -37,4 +37,5 @@ __all__ = [
     "TokenPolicy",
     "Tokens",
     "parse_policy",
+    "read_policy",
 ]

@@ -86,6 +86,16 @@ def parse_policy(text: str, schedule: ScaleSchedule, num_layers: int) -> Policy:
         ValueError: an unknown name, a bad argument or file, or a setting that the model cannot have. The message quotes
             `text`; where that is malformed, it shows the form to write.
     """
+    return read_policy(text)(schedule, num_layers)
+
+
+def read_policy(text: str) -> Callable[[ScaleSchedule, int], Policy]:
+    """What makes the policy that `text` names, for a schedule and a number of layers that are not known yet.
+
+    Raises:
+        TypeError: `text` is no string.
+        ValueError: an unknown name or a bad argument. What else `parse_policy` raises, the result does when called.
+    """
     instance_of("policy", text, str)
     before, at, after = text.partition("@")
     name, colon, arguments = before.partition(":")
@@ -101,10 +111,14 @@ def parse_policy(text: str, schedule: ScaleSchedule, num_layers: int) -> Policy:
         values = form.read(arguments if colon else None, budget, path)
     except ValueError as error:
         raise ValueError(f"policy {quoted}: {error}; write {form.shown}") from error
-    try:
-        return form.make(values, path, schedule, num_layers)
-    except ValueError as error:
-        raise ValueError(f"policy {quoted}: {error}") from error
+
+    def make(schedule: ScaleSchedule, num_layers: int) -> Policy:
+        try:
+            return form.make(values, path, schedule, num_layers)
+        except ValueError as error:
+            raise ValueError(f"policy {quoted}: {error}") from error
+
+    return make
 
 
 def _budget(text: str) -> Tokens | Share:

@@ -51,7 +51,7 @@ class Pool:
         """(1, 1, S) slots that a layer reads and writes at a step; (1, Hkv, S) where heads differ."""
         found = (self.case.plan.read_slots(step, layer), self.case.plan.write_slots(step, layer))
         read, write = (
-            torch.from_numpy(slots).to(self.device).view(1, *(slots.shape if slots.ndim == 2 else (1, -1)))
+            torch.from_numpy(slots.copy()).to(self.device).view(1, *(slots.shape if slots.ndim == 2 else (1, -1)))
             for slots in found
         )
         return read, write

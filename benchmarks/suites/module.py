@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from amskv_kernels.models import ConcatKVCache
 from amskv_kernels.models.rope import rope2d_tables
+from amskv_kernels.ops.checks import PlannedAttn
+from amskv_kernels.ops.prepared import prepare_attn
 from amskv_kernels.planning.memory import MIB, STOCK_PAIR_BYTES
 from benchmarks.harness import peers
 from benchmarks.harness.cases import Case, Group, history_rows, layer_kinds, stored_rows
@@ -43,7 +45,10 @@ class Layer:
             )
             for step, n in enumerate(schedule.tokens)
         ]
-        self.tables = [pool.tables(step, layer) for step in range(len(schedule))]
+        self.calls = [
+            prepare_attn(PlannedAttn(pool.pages, pool.arena, *pool.tables(step, layer), n))
+            for step, n in enumerate(schedule.tokens)
+        ]
         self.length = torch.full((shape.heads,), LENGTH, device=device)
         self.turns: list[tuple[Tensor, Tensor] | tuple[None, None]] = [
             rope2d_tables(schedule, step, shape.head_dim, device=device)
@@ -53,12 +58,11 @@ class Layer:
         ]
 
     def ours(self) -> Tensor:
-        """Two ops a step; the last step's output."""
-        pool, kv_heads = self.pool, self.rows[1]
-        for qkv, (cos, sin), tables in zip(self.qkv, self.turns, self.tables, strict=True):
+        """Two ops a step, attention as `PagedKVCache` makes it; the last step's output."""
+        kv_heads = self.rows[1]
+        for qkv, (cos, sin), attn in zip(self.qkv, self.turns, self.calls, strict=True):
             q, k = torch.ops.amskv.prepare_qk(qkv, kv_heads, self.length, cos, sin, True)
-            v = qkv[:, :, -kv_heads:]
-            out, _ = torch.ops.amskv.attn(q, k, v, pool.pages, pool.arena, *tables, 1.0)
+            out = attn(q, k, qkv[:, :, -kv_heads:], 1.0)
         return out
 
     def stock(self) -> Tensor:

@@ -153,12 +153,13 @@ def test_text_is_projected_once_per_prompt_and_layer(model, monkeypatch):
 
     monkeypatch.setattr("amskv_kernels.integrations.infinity.F.linear", count)
     kv = model.unregistered_blocks[0].ca.mat_kv.weight.shape
-    with patch(model, Full()):
+    with patch(model, Full()) as patched:
         first = model.generate(prompts(), SMALL)
         assert sum(shape == kv for shape in calls) == 4
         other = model.generate(prompts(seed=1), SMALL)
         assert sum(shape == kv for shape in calls) == 8
         assert (first - other).abs().max() > 1e-3
+        assert not patched.prompts, "a generation leaves no text behind"
     calls.clear()
     model.generate(prompts(), SMALL)
     assert sum(shape == kv for shape in calls) == 4 * len(SMALL)

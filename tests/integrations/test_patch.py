@@ -247,7 +247,9 @@ def test_a_lost_handle_is_undone(family):
 
 
 @pytest.mark.parametrize(
-    "policy", ["full", lambda schedule: SlidingWindow(len(schedule)), "scalekv:100"], ids=["text", "function", "tokens"]
+    "policy",
+    ["full", lambda schedule: SlidingWindow(len(schedule)), lambda _: "full", "scalekv:100"],
+    ids=["text", "function", "function to text", "tokens"],
 )
 def test_a_policy_by_name_or_by_function_is_made_for_the_schedule_at_hand(family, policy):
     model = family.make()

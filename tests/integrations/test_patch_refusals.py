@@ -45,9 +45,13 @@ def test_a_policy_made_for_another_schedule_is_refused(family):
 
 def test_policies_that_are_none_are_named(family):
     model = family.make()
-    with pytest.raises(ValueError, match="policy 'ams' is not known"), patch(model, "ams"):
+    with pytest.raises(ValueError, match="policy 'ams' is not known"):
+        patch(model, "ams")
+    with pytest.raises(ValueError, match="policy 'sliding:x': LOCAL is 'x'"):
+        patch(model, "sliding:x")
+    with pytest.raises(TypeError, match="policy gave 3 for schedule"), patch(model, lambda schedule: 3):
         family.draw(model)
-    with pytest.raises(TypeError, match="policy gave 'full' for schedule"), patch(model, lambda schedule: "full"):
+    with pytest.raises(ValueError, match="policy 'ams' is not known"), patch(model, lambda schedule: "ams"):
         family.draw(model)
     assert "_amskv" not in vars(family.attentions(model)[0])
 
