@@ -101,7 +101,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help=", ".join(ModelShape.names()))
     model.add_argument("--shape", metavar="SHAPE", help="any other: layers=8,heads=4,kv_heads=2,head_dim=64")
-    model.add_argument("--checkpoint", metavar="FILE", help="a VAR's .pth or safetensors, which show their sizes")
+    model.add_argument(
+        "--checkpoint", metavar="FILE", help="a VAR's or Infinity's .pth or safetensors, which show their sizes"
+    )
     known = ", ".join(ScaleSchedule.names())
     parser.add_argument("--schedule", help=f"another than the model's own: sizes such as 1,2,3x4, or one of {known}")
 
@@ -124,13 +126,9 @@ def model_shape(arguments: argparse.Namespace) -> ModelShape:
         if schedule is None:
             raise ValueError("--shape says nothing of the maps; add --schedule, a name or sizes such as 1,2,3,4")
         return ModelShape("custom", **_sizes(arguments.shape), schedule=schedule)
-    from amskv_kernels.models.checkpoint import var_config
+    from amskv_kernels.models import checkpoint
 
-    config = var_config(arguments.checkpoint)
-    return ModelShape(
-        Path(arguments.checkpoint).stem, config.depth, config.num_heads, config.num_heads, config.head_dim,
-        config.schedule if schedule is None else schedule,
-    )  # fmt: skip
+    return checkpoint.model_shape(arguments.checkpoint, schedule)
 
 
 def _sizes(text: str) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +23,9 @@ from amskv_kernels.files import MISTAKES, parse_json, reason, replacing
 from amskv_kernels.models.var import VAR, VARConfig
 from amskv_kernels.models.vqvae import VQVAE, VQVAEConfig
 from amskv_kernels.schedule import ScaleSchedule
+from amskv_kernels.shapes import ModelShape
 
-__all__ = ["load", "save", "var_config"]
+__all__ = ["load", "model_shape", "save"]
 
 Config = TypeVar("Config", VARConfig, VQVAEConfig)
 State = dict[str, Tensor]
@@ -32,6 +34,7 @@ Sizes = dict[str, Any]
 # Where training code puts a state dict: the public trainer has {"trainer": {"var_wo_ddp": …, "vae_local": …}}.
 _AROUND = ("trainer", "state_dict", "model")
 _PARTS = {VARConfig: "var_wo_ddp", VQVAEConfig: "vae_local"}
+_INFINITY_BLOCKS = "block_chunks."
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 
 
@@ -78,22 +81,37 @@ def load(
     return transformer, autoencoder
 
 
-def var_config(path: str | Path) -> VARConfig:
-    """The sizes of the VAR in a checkpoint.
+def model_shape(path: str | Path, schedule: ScaleSchedule | None = None) -> ModelShape:
+    """What a cache needs to know of the VAR or Infinity in a checkpoint.
+
+    Args:
+        path: what `load` takes as VAR, or a state dict of the public Infinity.
+        schedule: another than the checkpoint's own; Infinity's is "infinity-1m-1.000" unless given.
 
     Raises:
         ValueError: as `load`.
     """
-    return _read(Path(path), VARConfig, None)[1]
+    path = Path(path)
+    state = _state_of(path, "infinity")[0]
+    if not any(name.startswith(_INFINITY_BLOCKS) for name in state):
+        config = _read(path, VARConfig, None)[1]
+        heads = config.num_heads
+        return ModelShape(path.stem, config.depth, heads, heads, config.head_dim, schedule or config.schedule)
+    try:
+        layers = len(
+            {name.partition(".sa.")[0] for name in state if name.startswith(_INFINITY_BLOCKS) and ".sa." in name}
+        )
+        heads = state["block_chunks.0.module.0.sa.scale_mul_1H11"].numel()
+        width = _shape(state, "block_chunks.0.module.0.sa.mat_qkv.weight", 2)[1]
+    except MISTAKES as error:
+        raise ValueError(f"{path} holds no Infinity: {reason(error)}") from error
+    found = schedule or ScaleSchedule.named("infinity-1m-1.000")
+    return ModelShape(path.stem, layers, heads, heads, width // heads, found)
 
 
 def _read(path: Path, kind: type[Config], schedule: ScaleSchedule | None) -> tuple[State, Config]:
     """A state dict and the configuration that its shapes give; `schedule` is for those that cannot tell theirs."""
-    try:
-        raw, stated, own_schedule = _contents(path)
-        state = _state(raw, _PARTS[kind])
-    except MISTAKES as error:
-        raise ValueError(f"{path} cannot be read: {reason(error)}") from error
+    state, stated, own_schedule = _state_of(path, _PARTS[kind])
     try:
         seen = _var_sizes(state) if kind is VARConfig else _vqvae_sizes(state)
         schedule = own_schedule or schedule or _square_schedule(state)
@@ -106,6 +124,15 @@ def _read(path: Path, kind: type[Config], schedule: ScaleSchedule | None) -> tup
         raise ValueError(f"{path} does not fit its own sizes: {reason(error)}") from error
 
 
+def _state_of(path: Path, part: str) -> tuple[State, Sizes, ScaleSchedule | None]:
+    """The state dict of one part of a model, and the sizes and schedule that the file says it has."""
+    try:
+        raw, stated, schedule = _contents(path)
+        return _state(raw, part), stated, schedule
+    except MISTAKES as error:
+        raise ValueError(f"{path} cannot be read: {reason(error)}") from error
+
+
 def _contents(path: Path) -> tuple[Any, Sizes, ScaleSchedule | None]:
     """What a file holds, and the sizes and schedule that it says it has.
 
@@ -114,7 +141,8 @@ def _contents(path: Path) -> tuple[Any, Sizes, ScaleSchedule | None]:
     """
     try:
         if path.suffix != ".safetensors":
-            return torch.load(path, map_location="cpu", weights_only=True), {}, None
+            mapped = zipfile.is_zipfile(path)  # read when it is copied, and not at all where shapes will do
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped), {}, None
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict

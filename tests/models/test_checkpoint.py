@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from amskv_kernels import ScaleSchedule
 from amskv_kernels.models import VAR, VQVAE, VARConfig, VQVAEConfig
-from amskv_kernels.models.checkpoint import load, save, var_config
+from amskv_kernels.models.checkpoint import load, model_shape, save
+from amskv_kernels.models.infinity import InfinityConfig, InfinityStack
 
 SCHEDULE = ScaleSchedule([(1, 1), (2, 2), (3, 3), (4, 4)])
 OBLONG = ScaleSchedule([(1, 1), (1, 2), (2, 3)])
@@ -44,7 +45,9 @@ def test_safetensors_come_back(tmp_path, schedule, more):
     save(tmp_path / "var.safetensors", var, {**VAR_SIZES, **more}, schedule)
     save(tmp_path / "vae.safetensors", vae, VAE_SIZES, schedule)
     found, _ = load(tmp_path / "var.safetensors", tmp_path / "vae.safetensors")
-    assert found.config == var.config == var_config(tmp_path / "var.safetensors")
+    assert found.config == var.config
+    shape = model_shape(tmp_path / "var.safetensors")
+    assert (shape.layers, shape.kv_heads, shape.head_dim, shape.schedule) == (3, 2, 32, schedule)
     assert found.config.schedule == schedule
     assert same(found, var.state_dict())
 
@@ -207,7 +210,8 @@ def rewritten(files, which, **metadata):
         ({"config": '{"depth": NaN}'}, "NaN is not finite"),
         ({"schedule": "null"}, "sizes is None; it must be a sequence"),
         ({"schedule": "[]"}, "sizes is empty"),
-        ({"schedule": "[[1, 1], [1000000000, 1000000000]]"}, "its schedule is not that of its buffer of levels"),
+        ({"schedule": "[[1, 1], [1000000000, 1000000000]]"}, "cannot be read: sizes "),
+        ({"schedule": "[[1, 1], [1000, 1000]]"}, "its schedule is not that of its buffer of levels"),
         ({"schedule": "[[1, 1], [2, 2], [3, 3], [8, 2], [1, 1]]"}, "its schedule is not that of its buffer"),
     ],
 )
@@ -239,3 +243,26 @@ def test_another_model_than_named_is_told_by_its_sizes(files):
         ValueError, match=r"var.pth has other sizes than var-d16: schedule is custom and must be var-256"
     ):
         load(files / "var.pth", files / "vae.pth", "var-d16")
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+def test_an_infinity_shows_its_shape(tmp_path, ending):
+    path = tmp_path / f"infinity.{ending}"
+    state = InfinityStack(InfinityConfig(layers=4, width=128, heads=2, chunks=2)).state_dict()
+    torch.save(state, path) if ending == "pth" else save_file(state, path)
+    shape = model_shape(path)
+    assert (shape.name, shape.layers, shape.heads, shape.kv_heads, shape.head_dim) == ("infinity", 4, 2, 2, 64)
+    assert shape.schedule == ScaleSchedule.named("infinity-1m-1.000")
+    assert model_shape(path, SCHEDULE).schedule == SCHEDULE
+    state.pop("block_chunks.0.module.0.sa.scale_mul_1H11")
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"x\.pth holds no Infinity: field 'block_chunks\.0\..*' is missing"):
+        model_shape(tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"infinity\..* holds no VAR: '.*' is missing"):
+        load(path, path)
+
+
+def test_files_of_the_old_format_load(files):
+    var, _ = pair()
+    torch.save(var.state_dict(), files / "old.pth", _use_new_zipfile_serialization=False)
+    assert same(load(files / "old.pth", files / "vae.pth")[0], var.state_dict())
