@@ -72,8 +72,8 @@ def _lossless() -> str:
     digits = next(row for row in json.loads(DEMO.read_text(encoding="utf-8"))["rows"] if row["policy"] == "full")
     needed = 1 - float(str(planned["saved"]))
     return (
-        f"`\"full\"` in place of the policy gives the unpatched model's images: the last scale, which nothing reads, is "
-        f"never stored.\nIn bf16, var-d30 then needs {needed:.0%} of the bytes that stock caches, whose keys are fp32; "
+        f'`"full"` in place of the policy gives the unpatched model\'s images: the last scale, which nothing reads, is '
+        f"not stored.\nIn bf16, var-d30 then needs {needed:.0%} of the bytes that stock caches, whose keys are fp32; "
         f"in fp32, as the digits\nbelow, {digits['retained_share']:.0%} of stock's bytes are retained."
     )
 
