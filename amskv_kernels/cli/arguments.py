@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from amskv_kernels.files import check_writable
 
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 MOST = 10**6  # of anything that is counted
 MOST_LAYERS, MOST_SIDE, MOST_SCALES = 1000, 4096, 64
 _SHAPE = ("layers", "heads", "kv_heads", "head_dim")
+
+
+def command(commands: Any, name: str, summary: str, after: str) -> argparse.ArgumentParser:
+    """A command of the parser's; `after` says what to do next, at the end of its help."""
+    added: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=summary, epilog=after, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    return added
 
 
 def picture(text: str) -> Path:

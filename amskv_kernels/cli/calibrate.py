@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amskv_kernels.cli.arguments import default_device, device, number, output_file, picture, seed, whole
+from amskv_kernels.cli.arguments import command, default_device, device, number, output_file, picture, seed, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,10 +25,7 @@ Infinity: pass a recorder of amskv_kernels.calibrate as patch(infinity, Full(), 
 
 def add(commands: Any) -> None:
     """Add the command to the parser's."""
-    calibrate = commands.add_parser(
-        "calibrate", help="measure a model for AMS-KV, ScaleKV, HeatKV or LeastLoss", epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    calibrate = command(commands, "calibrate", "measure a model for AMS-KV, ScaleKV, HeatKV or LeastLoss", EPILOG)
     calibrate.add_argument(
         "--var", required=True, metavar="FILE", help="var_d*.pth, a checkpoint of the public trainer, or safetensors"
     )

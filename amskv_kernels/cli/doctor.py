@@ -12,16 +12,19 @@ from typing import Any
 import torch
 
 from amskv_kernels import ops
+from amskv_kernels.cli.arguments import command
 from amskv_kernels.ops.backends import library
 from amskv_kernels.planning.memory import counted
 from amskv_kernels.version import __version__
 
 WIDTH = 100  # columns of the printed report
 
+EPILOG = "next: amskv plan --model var-d30 --policy ams-kv:75 --images 64"
+
 
 def add(commands: Any) -> None:
     """Add the command to the parser's."""
-    doctor = commands.add_parser("doctor", help="versions, devices, and which backend serves which op")
+    doctor = command(commands, "doctor", "versions, devices, and which backend serves which op", EPILOG)
     doctor.add_argument("--json", action="store_true")
     doctor.set_defaults(run=run)
 

@@ -6,7 +6,12 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from amskv_kernels.cli.arguments import add_model, model_shape, picture, whole
+from amskv_kernels.cli.arguments import add_model, command, model_shape, picture, whole
+
+EPILOG = """\
+next: give the same policy to your model, amskv_kernels.integrations.patch(model, "ams-kv:75"), or measure yours first:
+  amskv calibrate --help
+"""
 
 if TYPE_CHECKING:
     from amskv_kernels.planning.memory import MemoryReport
@@ -16,7 +21,7 @@ def add(commands: Any) -> None:
     """Add the command to the parser's."""
     from amskv_kernels.policies.parse import SYNTAX
 
-    plan = commands.add_parser("plan", help="exact cache memory of a model under a policy")
+    plan = command(commands, "plan", "exact cache memory of a model under a policy", EPILOG)
     add_model(plan)
     plan.add_argument("--policy", required=True, help=SYNTAX.replace("%", "%%"))
     plan.add_argument("--images", type=whole(1), default=1, help="images generated at once (default 1)")

@@ -164,6 +164,9 @@ def test_help_names_every_schedule_and_what_comes_next(capsys):
     assert all(name in shown for name in ScaleSchedule.names())
     main(["calibrate", "--help"])
     assert "amskv plan --checkpoint FILE --policy" in capsys.readouterr().out
+    for name, _, _ in commands():
+        main([name, "--help"])
+        assert "\nnext: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("images", [1, 32, 1000, 2345])
