@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from amskv_kernels.arguments import instance_of
 from amskv_kernels.integrations import infinity, var
 from amskv_kernels.integrations.caches import PolicyLike
 from amskv_kernels.integrations.common import Patch
@@ -59,7 +60,12 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undo the patch of a model, whether its handle is at hand or not; an unpatched model is left as it is."""
+    """Undo the patch of a model, whether its handle is at hand or not; an unpatched model is left as it is.
+
+    Raises:
+        TypeError: no `torch.nn.Module`.
+    """
+    instance_of("model", model, nn.Module)
     for module in model.modules():
         binding = vars(module).get("_amskv")
         if binding is not None:

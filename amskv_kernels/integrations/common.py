@@ -49,7 +49,7 @@ class Patch:
             binding.undo()
         self._bindings = []
         self._caches.cache = None
-        self.caching = False
+        self.begin(False)
 
     def begin(self, enable: bool) -> None:
         """The model says so for every layer before and after each generation."""
@@ -114,8 +114,8 @@ class Layer(Binding):
     def __init__(
         self, module: nn.Module, kind: type[PatchedModule], patch: Patch, number: int, l2_norm: bool
     ) -> None:  # fmt: skip
-        super().__init__(module, kind)
-        self.patch, self.number, self.l2_norm = patch, number, l2_norm
+        super().__init__(module, kind, patch)
+        self.number, self.l2_norm = number, l2_norm
         self.begin()
 
     def begin(self) -> None:
@@ -127,10 +127,10 @@ class Layer(Binding):
     def prepare(self) -> None:
         """Work it out, with the weights at hand (sharded ones are there in a forward only)."""
         own: Any = self.module
-        self.bias = torch.cat((own.q_bias, own.zero_k_bias, own.v_bias))
         if self.l2_norm:
             self.length = own.scale_mul_1H11.detach().clamp_max(own.max_scale_mul).exp().float().flatten()
         self.scale = float(own.scale)
+        self.bias = torch.cat((own.q_bias, own.zero_k_bias, own.v_bias))
 
 
 class PagedSelfAttention(PatchedModule):

@@ -95,8 +95,8 @@ class _Prompt(Binding):
     """One layer's attention to the prompt, whose keys and values are projected when it is new."""
 
     def __init__(self, module: nn.Module, patch: PatchedInfinity, number: int) -> None:
-        super().__init__(module, _CrossAttention)
-        self.patch, self.number = patch, number
+        super().__init__(module, _CrossAttention, patch)
+        self.number = number
 
     def keys_values(self, text: Tensor) -> Tensor:
         """(N, 2, H, D) of the text (N, C)."""

@@ -28,9 +28,11 @@ class Binding:
     Args:
         module: whose class gives way to a subclass of `kind` and of its own.
         kind: what replaces the methods that it names in `replaced`.
+        patch: what it is a part of, and is undone with.
     """
 
-    def __init__(self, module: nn.Module, kind: type[PatchedModule]) -> None:
+    def __init__(self, module: nn.Module, kind: type[PatchedModule], patch: Any) -> None:
+        self.patch = patch
         self.module, self._original, self._replaced = module, type(module), kind.replaced
         if getattr(module, "_amskv", None) is not None:
             raise ValueError("model is patched already; undo() that patch first, or call unpatch(model)")

@@ -165,6 +165,16 @@ def test_text_is_projected_once_per_prompt_and_layer(model, monkeypatch):
     assert sum(shape == kv for shape in calls) == 4 * len(SMALL)
 
 
+def test_an_interrupted_generation_leaves_no_text_behind(model, monkeypatch):
+    def interrupt(*args):
+        raise InterruptedError
+
+    monkeypatch.setattr(model.unregistered_blocks[-1].ffn, "forward", interrupt)
+    with pytest.raises(InterruptedError), patch(model, Full()) as patched:
+        model.generate(prompts(), SMALL)
+    assert not patched.prompts
+
+
 def test_text_changed_in_place_is_projected_again(model):
     text = prompts()
     with patch(model, Full()) as patched:

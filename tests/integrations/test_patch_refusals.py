@@ -8,7 +8,7 @@ import torch
 from families import FAMILIES
 from torch import nn
 
-from amskv_kernels import AMSKV, Full, ScaleSchedule, patch
+from amskv_kernels import AMSKV, Full, ScaleSchedule, patch, unpatch
 from amskv_kernels.integrations import infinity, var
 from amskv_kernels.models import infinity as stack
 
@@ -125,6 +125,11 @@ def test_relatives_with_another_attention_are_refused_at_once(kind, message):
 def test_a_model_of_no_family_is_named(model):
     with pytest.raises(TypeError, match="of no family that can be patched: Infinity has unregistered_blocks; VAR"):
         patch(model, Full())
+
+
+def test_only_a_module_can_be_unpatched():
+    with pytest.raises(TypeError, match=r"model is namespace\(\); it must be a Module"):
+        unpatch(SimpleNamespace())
 
 
 def test_a_model_without_layers_is_named():
