@@ -2,8 +2,9 @@
 
     python tools/native_report.py [build/cuda/libamskv.so] [--out tools/reports/native-report.json]
 
-Needs cuobjdump, of a CUDA toolkit or of the triton package. Exits with an error where a kernel touches local memory,
-lacks an instruction it is written for, or where the Hopper kernel's loop is not what it was written to be.
+Needs cuobjdump, of a CUDA toolkit or of the triton package. Clocks are estimates: see tools/sass_clocks.py. Exits with
+an error where a kernel touches local memory, lacks an instruction it is written for, where the Hopper kernel's loop is
+not what it was written to be, or where its producer would hold its consumers back.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "csrc" / "cmake"), str(ROOT)]
@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT / "csrc" / "cmake"), str(ROOT)]
 from build_info import readable  # noqa: E402
 
 from amskv_kernels.cli import console  # noqa: E402
+from tools.sass_clocks import Instruction, Loop, clocks, functions, loops, path  # noqa: E402
 
 # SASS mnemonic → what it is.
 WATCHED = {
@@ -34,14 +35,10 @@ WATCHED = {
 PORTABLE = {"LDGSTS": True, "LDSM": True, "HMMA": True, "MUFU.EX2": True}
 HOPPER = {"UTMALDG": True, "UTMASTG": True, "HGMMA": True, "MUFU.EX2": True, "HMMA": False, "LDGSTS": False}
 MULTIPROCESSOR = 228 * 1024  # bytes of shared memory of an sm_90, of which a block takes 1 KiB for itself
-
-
-class Instruction(NamedTuple):
-    address: int
-    text: str  # without its predicate
-
-    def starts(self, mnemonic: str) -> bool:
-        return self.text.startswith(mnemonic)
+PRODUCTS = 2048  # 16-bit multiply-adds of its tensor cores in a clock
+EXPONENTIALS = 16  # in a clock
+CONSUMERS, THREADS, ROWS = 2, 128, 64  # of the Hopper kernel, and threads and query rows of each
+PANEL = 64  # elements of a row that one box holds
 
 
 def cuobjdump() -> str:
@@ -53,68 +50,79 @@ def cuobjdump() -> str:
     return found
 
 
-def functions(sass: str) -> dict[tuple[str, str], list[Instruction]]:
-    """(architecture, symbol) → its instructions."""
-    found: dict[tuple[str, str], list[Instruction]] = {}
-    architecture, current = "", []
-    for line in sass.splitlines():
-        if match := re.search(r"arch = sm_(\d+a?)", line):
-            architecture = match[1]
-        elif match := re.search(r"Function : (\w+)", line):
-            current = found.setdefault((architecture, match[1]), [])
-        elif match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(.*?);", line):
-            current.append(Instruction(int(match[1], 16), match[2]))
-    return found
-
-
-def count(code: list[Instruction], mnemonic: str) -> int:
+def count(code: Iterable[Instruction], mnemonic: str) -> int:
     return sum(instruction.starts(mnemonic) for instruction in code)
 
 
-def main_loop(code: list[Instruction]) -> list[Instruction]:
-    """The shortest loop around the wait that leaves one group of products under way; empty if there is none."""
-    wait = next((i.address for i in code if "DEPBAR.LE gsb0, 0x1" in i.text), None)
-    if wait is None:
-        return []
-    loops = []
-    for instruction in code:
-        match = re.match(r"BRA (0x[0-9a-f]+)", instruction.text)
-        if match and int(match[1], 16) <= wait < instruction.address:
-            loops.append((int(match[1], 16), instruction.address))
-    first, last = min(loops, key=lambda loop: loop[1] - loop[0])
-    return [i for i in code if first <= i.address <= last]
+def main_loop(code: list[Instruction]) -> Loop:
+    """The consumers' loop: the shortest around the wait that leaves one group of products under way."""
+    wait = next(i.address for i in code if "DEPBAR.LE gsb0, 0x1" in i.text)
+    return next(loop for loop in loops(code) if loop.body[0].address <= wait < loop.body[-1].address)
+
+
+def loading_clocks(code: list[Instruction], boxes: int, panels: int, paged: bool) -> int:
+    """Clocks of the slower loading warp for a tile that comes in so many boxes of so many panels."""
+    all_loops = loops(code)
+    waiting = [loop for loop in all_loops if loop.has("UTMALDG") and loop.has("SYNCS.PHASECHK")]
+    tiles = [loop for loop in waiting if not any(loop.holds(other) for other in waiting)]
+    found = []
+    for tile in (tile for tile in tiles if tile.has("SHFL") == paged):  # lanes tell each other of their boxes
+        # The inner loops: lanes that issue one after the other, in a loop over panels where there are several.
+        inner = [loop for loop in all_loops if tile.holds(loop) and loop.has("UTMALDG")]
+        repeats = dict(zip(inner, (boxes, panels), strict=False))
+        found.append(clocks(path(tile, repeats, longest=True)))
+    return max(found)
+
+
+def hopper_clocks(code: list[Instruction], tile: dict[str, int]) -> dict[str, int]:
+    """Estimates per tile of keys, and what the multiprocessor's units take at least for both consumers' rows."""
+    keys, head_dim, panels = tile["keys"], tile["head_dim"], tile["head_dim"] // PANEL
+    executed = path(main_loop(code), {}, longest=False)  # all keys there, no new maximum
+    scores = ROWS * keys * head_dim // PRODUCTS
+    return {
+        "clocks to load pages of 16, estimated": loading_clocks(code, keys // 16, panels, True),
+        "clocks to load pages of 64, estimated": loading_clocks(code, keys // 64, panels, True),
+        "clocks to load one box, estimated": loading_clocks(code, 1, panels, False),
+        "clocks of a consumer, estimated": clocks(executed) + scores,  # it waits for its scores, not for its output
+        "clocks of products, at least": 2 * CONSUMERS * scores,
+        "clocks of exp2, at least": CONSUMERS * THREADS * count(executed, "MUFU.EX2") // EXPONENTIALS,
+        "instructions per tile, executed": len(executed),
+    }
 
 
 def hopper_facts(code: list[Instruction], tile: dict[str, int]) -> dict[str, object]:
     """What one thread of a consumer does for one tile of keys, and what the roles take."""
-    loop = main_loop(code)
+    loop = main_loop(code).body
     waits = [k for k, i in enumerate(loop) if i.starts("WARPGROUP.DEPBAR")]
-    between = loop[waits[0] : waits[-1]] if waits else []
+    between = loop[waits[0] : waits[-1]] if waits else ()
     registers = [int(i.text.split()[-1 if "DEALLOC" in i.text else 2].rstrip(","), 16) for i in code
                  if i.starts("USETMAXREG")]  # fmt: skip
     return {
-        "consumer registers": max(registers), "mover registers": min(registers), "shared": tile["shared"],
+        "consumer registers": max(registers), "producer registers": min(registers), "shared": tile["shared"],
         "blocks per multiprocessor": MULTIPROCESSOR // (tile["shared"] + 1024),
         "scores per tile": tile["keys"] // 2, "exp2 per tile": count(loop, "MUFU.EX2"),
         "fma per tile": count(loop, "FFMA"), "wgmma per tile": count(loop, "HGMMA"),
         "wgmma groups per tile": sum(i.starts("HGMMA") and "gsb0" in i.text for i in loop),
         "exp2 under wgmma": count(between, "MUFU.EX2"), "waits per tile": len(waits),
-        "instructions per tile": len(loop),
-    }  # fmt: skip
+        "instructions per tile, static": len(loop),
+    } | hopper_clocks(code, tile)  # fmt: skip
 
 
 def hopper_faults(facts: dict[str, object], tile: dict[str, int]) -> list[str]:
-    """Two row maxima change per tile: an exponential each beside the scores', and two multiply-adds."""
+    """Two row maxima change per tile: an exponential each beside the scores', and a multiply-add."""
     scores = tile["keys"] // 2
     expected = {
-        "consumer registers": tile["consumer_registers"], "mover registers": tile["mover_registers"],
-        "blocks per multiprocessor": 1, "exp2 per tile": scores + 2, "fma per tile": scores + 4, "waits per tile": 2,
+        "consumer registers": tile["consumer_registers"], "producer registers": tile["producer_registers"],
+        "blocks per multiprocessor": 1, "exp2 per tile": scores + 2, "fma per tile": scores + 2, "waits per tile": 2,
         "wgmma groups per tile": 2,  # more would let the wait for all but the latest drain the products it spares
         "wgmma per tile": tile["head_dim"] // 16 + tile["keys"] // 16,
     }  # fmt: skip
     found = [f"{name} is {facts[name]}, not {value}" for name, value in expected.items() if facts[name] != value]
     if facts["exp2 under wgmma"] < 0.9 * scores:  # the compiler may leave a few behind the wait
         found.append(f"only {facts['exp2 under wgmma']} exponentials run under products")
+    load, consume = facts["clocks to load pages of 16, estimated"], facts["clocks of a consumer, estimated"]
+    if load > consume:
+        found.append(f"a tile takes {load} clocks to load, and the consumers {consume}")
     return found
 
 
@@ -133,7 +141,7 @@ def examine(symbol: str, architecture: str, code: list[Instruction], info: dict)
         for mnemonic, wanted in (HOPPER if hopper else PORTABLE).items():
             if (count(code, mnemonic) > 0) != wanted:
                 wrong.append(f"{'no' if wanted else 'has'} {mnemonic}")
-    if hopper:
+    if hopper and not built["serialised"]:  # else it has no such loop
         tile = next(t for t in info["hopper_tiles"] if f"head_dim {t['head_dim']}," in name)
         facts = hopper_facts(code, tile)
         row |= facts

@@ -11,9 +11,11 @@ import numpy as np
 from amskv_kernels.planning.layout import MOST_PAGES, PAGE_SIZES, ROWS_BITS, ROWS_MASK
 from amskv_kernels.planning.tables import Extent, Slots
 
-# Larger pages mean fewer, longer copies, but more rounding: take the largest page whose pool is at most
-# half a percent above the smallest pool any page size gives.
-PAGE_SLACK = 0.005
+# Larger pages mean fewer, longer copies (the Hopper kernel loads a tile from pages of 64 rows in half the clocks that
+# it takes from pages of 16), but more rounding: take the largest page whose pool is at most 2 % above the smallest pool
+# any page size gives, and at most 3 % above the tokens retained.
+PAGE_SLACK = 0.02
+MOST_ROUNDING = 0.03
 
 NO_SLOTS: Slots = np.empty(0, dtype=np.int32)
 NO_SLOTS.setflags(write=False)
@@ -82,8 +84,9 @@ def store(run: Run, count: int, page_size: int, pages: Pages) -> tuple[Slots, tu
     return slots, tuple(extents)
 
 
-def choose_page_size(pages: Mapping[int, int]) -> int:
-    """The page size to take of those asked for, given the pages that an arena needs with each.
+def choose_page_size(pages: Mapping[int, int], tokens: int) -> int:
+    """The page size to take of those asked for, given the pages that an arena needs with each, and the tokens
+    it retains.
 
     Raises:
         ValueError: more pages than a slot can name, whichever the size.
@@ -95,5 +98,7 @@ def choose_page_size(pages: Mapping[int, int]) -> int:
             f"the cache needs {pages[size]} pages of {size} rows in an arena; a slot can name at most {MOST_PAGES}"
             + (", take a larger page_size" if size < PAGE_SIZES[-1] else "")
         )
-    least = min(count * size for size, count in fitting.items())
-    return max(size for size, count in fitting.items() if count * size <= (1 + PAGE_SLACK) * least)
+    rows = {size: count * size for size, count in fitting.items()}
+    least = min(rows.values())
+    most = max(least, min((1 + PAGE_SLACK) * least, (1 + MOST_ROUNDING) * tokens))
+    return max(size for size, count in rows.items() if count <= most)

@@ -24,7 +24,7 @@ from amskv_kernels.arguments import check_index, instance_of, one_of, shown, who
 from amskv_kernels.planning.layout import PAGE_SIZES, ROWS_MASK
 from amskv_kernels.planning.lifetimes import lifetimes, planned_heads, reads_everything
 from amskv_kernels.planning.pages import choose_page_size
-from amskv_kernels.planning.scales import count_scale_pages, scan_scales
+from amskv_kernels.planning.scales import count_scale_pages, retained_by_scales, scan_scales
 from amskv_kernels.planning.tables import Compaction, Extent, PageTables, Slots
 from amskv_kernels.planning.tokens import count_token_pages, held_tokens, scan_tokens
 from amskv_kernels.policies.base import HeadPolicy, Policy, Selection, TokenPolicy
@@ -75,7 +75,7 @@ class CachePlan:
             schedule: the model's schedule.
             policy: what each layer reads at each step.
             num_layers: L.
-            page_size: 16, 32, 64 or 128; by default the one that suits the schedule (see `PAGE_SLACK`).
+            page_size: 16, 32, 64 or 128; by default the largest that costs little (see `PAGE_SLACK`).
             kv_heads: Hkv; needed where the policy treats heads differently.
 
         Raises:
@@ -103,7 +103,8 @@ class CachePlan:
             return cls._of_tokens(schedule, policy, num_layers, sizes)
         heads = planned_heads(policy, schedule, num_layers, kv_heads)
         last_read = lifetimes(schedule, policy, num_layers, heads)
-        chosen = choose_page_size({size: count_scale_pages(schedule, last_read, size, heads) for size in sizes})
+        pages = {size: count_scale_pages(schedule, last_read, size, heads) for size in sizes}
+        chosen = choose_page_size(pages, retained_by_scales(schedule, last_read))
         return cls(
             schedule=schedule, num_layers=num_layers, page_size=chosen, heads=heads, selection=None,
             lossless=reads_everything(last_read), _tables=scan_scales(schedule, last_read, chosen, heads),
@@ -115,7 +116,8 @@ class CachePlan:
         cls, schedule: ScaleSchedule, policy: TokenPolicy, num_layers: int, sizes: tuple[int, ...]
     ) -> CachePlan:  # fmt: skip
         held = held_tokens(policy, schedule, num_layers)
-        chosen = choose_page_size({size: count_token_pages(schedule, held, size) for size in sizes})
+        pages = {size: count_token_pages(schedule, held, size) for size in sizes}
+        chosen = choose_page_size(pages, max(map(sum, held)))
         everything = all(row == (offset,) * num_layers for row, offset in zip(held, schedule.offsets, strict=True))
         return cls(
             schedule=schedule, num_layers=num_layers, page_size=chosen, heads=1, selection=policy.selection,
@@ -146,8 +148,8 @@ class CachePlan:
         heads = "" if self.heads == 1 else f" of {self.heads} heads"
         return (
             f"CachePlan({self.schedule.name}: {len(self.schedule)} steps, {self.num_layers} layers{heads}, "
-            f"{self.pages} pages of {self.page_size} rows, {self.needed_tokens} tokens needed, "
-            f"{self.retained_tokens} retained)"
+            f"{self.pages} pages of {self.page_size} rows, {self.retained_tokens} tokens retained, "
+            f"{self.peak_tokens} at peak)"
         )
 
     def read_slots(self, step: int, layer: int) -> Slots:
@@ -224,37 +226,11 @@ class CachePlan:
 
     @cached_property
     def peak_tokens(self) -> int:
-        """Most tokens held during any call, pages not rounded up: those in pages plus the current scale's K, V."""
-        return int((self.live + self.heads * np.asarray(self.schedule.tokens)[:, None]).max())
+        """Most tokens held during any call: those in pages plus the current scale's own K, V in flight."""
+        in_flight = self.heads * np.asarray(self.schedule.tokens)[:, None]
+        return int((self.live + in_flight).max())
 
     @property
     def allocated_tokens(self) -> int:
         """Rows of one arena: pages · page_size."""
         return self.pages * self.page_size
-
-    @property
-    def in_flight_tokens(self) -> int:
-        """Tokens of the largest scale, whose K, V a layer has beside the pages while it attends."""
-        return self.heads * max(self.schedule.tokens)
-
-    @property
-    def needed_tokens(self) -> int:
-        """What must be free for one arena: its rows and the largest scale in flight."""
-        return self.allocated_tokens + self.in_flight_tokens
-
-    @cached_property
-    def summed_scores(self) -> int:
-        """Most fp32 scores held between calls, where the selection adds them up: one per key and KV head."""
-        if self.selection is None or not self.selection.accumulate:
-            return 0
-        last = {layer: step for step, layer in sorted(self._tables.compactions)}
-        scores, most = [0] * self.num_layers, 0
-        for step, count in enumerate(self.schedule.tokens):
-            for layer in range(self.num_layers):
-                at = self.compaction(step, layer)
-                if at is not None:
-                    scores[layer] = at.kept
-                elif step < last.get(layer, -1):
-                    scores[layer] = self.read_rows(step, layer) + count
-                most = max(most, sum(scores))
-        return most

@@ -13,6 +13,12 @@ from amskv_kernels.planning.tables import Extent, PageTables, Slots
 from amskv_kernels.schedule import ScaleSchedule
 
 
+def retained_by_scales(schedule: ScaleSchedule, last_read: npt.NDArray[np.int64]) -> int:
+    """The most tokens held from one step to the next."""
+    tokens = np.asarray(schedule.tokens)
+    return max(int(((last_read[:, : step + 1] > step) * tokens[: step + 1]).sum()) for step in range(len(tokens)))
+
+
 def count_scale_pages(
     schedule: ScaleSchedule, last_read: npt.NDArray[np.int64], page_size: int, heads: int
 ) -> int:  # fmt: skip

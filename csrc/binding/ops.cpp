@@ -136,8 +136,8 @@ template <int kHeadDim>
 std::string hopper_tile_info() {
     using Shape = HopperTile<void, kHeadDim>;
     std::ostringstream text;
-    text << "{\"head_dim\": " << kHeadDim << ", \"keys\": " << Shape::kKeys << ", \"slots\": " << Shape::kSlots
-         << ", \"threads\": " << kHopperThreads << ", \"mover_registers\": " << kMoverRegisters
+    text << "{\"head_dim\": " << kHeadDim << ", \"keys\": " << Shape::kKeys << ", \"stages\": " << Shape::kStages
+         << ", \"threads\": " << kHopperThreads << ", \"producer_registers\": " << kProducerRegisters
          << ", \"consumer_registers\": " << kConsumerRegisters << ", \"shared\": " << Shape::kSharedBytes << '}';
     return text.str();
 }

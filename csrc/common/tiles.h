@@ -67,7 +67,7 @@ struct Tile {
     }
 };
 
-// The Hopper kernel: one warpgroup that moves data, two that compute 64 query rows each.
+// The Hopper kernel: one warpgroup that loads and stores, two that compute 64 query rows each.
 inline constexpr int kWarpgroupWarps = 4;
 inline constexpr int kWarpgroupThreads = kWarpgroupWarps * kWarpLanes;
 inline constexpr int kConsumers = 2;  // warpgroups: one's exponentials run under the other's products
@@ -76,9 +76,9 @@ inline constexpr int kSwizzleBytes = 128;  // a row of a tile in shared memory: 
 inline constexpr int kSwizzleElements = kSwizzleBytes / kElementBytes;  // longer rows lie in panels of so many
 inline constexpr int kHopperThreads = (1 + kConsumers) * kWarpgroupThreads;
 // A block of 384 threads starts with 168 registers each, 64 512, and deals them anew: 128 · 56 + 256 · 224. The consumers'
-// widest moment holds 64 scores, 64 sums of the output and 32 packed probabilities. The movers get by with 48, but 8
-// more for each consumer would need 128 · 40.
-inline constexpr int kMoverRegisters = 56;
+// widest moment holds 64 scores, 64 sums of the output and 32 packed probabilities. The producer gets by with 48, but
+// 8 more for each consumer would need 128 · 40.
+inline constexpr int kProducerRegisters = 56;
 inline constexpr int kConsumerRegisters = 224;
 
 template <typename T, int kHeadDim_>
@@ -88,27 +88,27 @@ struct HopperTile {
     // Keys of a tile: whole pages of every size, and 64 score registers. A second tile of scores in flight would
     // take all 224 registers at head size 128.
     static constexpr int kKeys = 128;
-    // Tiles of K or V in flight, a power of two so that a position's slot is a mask: 128 KiB at either head size,
-    // several times the 36 KiB that 4.8 TB/s / 132 multiprocessors bring in 1 µs of latency.
-    static constexpr int kSlots = kHeadDim == 64 ? 8 : 4;
+    // Tiles of K, and as many of V, in flight: 128 KiB at either head size, several times the 36 KiB that 4.8 TB/s / 132
+    // multiprocessors bring in 1 µs of latency. Even, since consumers that share their rows have half of them each.
+    static constexpr int kStages = kHeadDim == 64 ? 4 : 2;
 
     static constexpr int kPanels = kHeadDim / kSwizzleElements;
-    static constexpr int kSlotBytes = kKeys * kHeadDim * kElementBytes;
+    static constexpr int kStageBytes = kKeys * kHeadDim * kElementBytes;
     static constexpr int kRowBlockBytes = kWarpgroupRows * kHeadDim * kElementBytes;  // one warpgroup's Q, or output
 
     // Shared memory, from its first byte on.
     static constexpr int kQuery = 0;
     static constexpr int kOut = kQuery + kConsumers * kRowBlockBytes;
-    static constexpr int kRing = kOut + kConsumers * kRowBlockBytes;
-    static constexpr int kMasks = kRing + kSlots * kSlotBytes;      // 16 bytes per slot: which keys are there
-    static constexpr int kStats = kMasks + kSlots * kChunkBytes;    // of a warpgroup: maximum, sum of 2 rows per thread
+    static constexpr int kPipeline = kOut + kConsumers * kRowBlockBytes;
+    static constexpr int kMasks = kPipeline + 2 * kStages * kStageBytes;  // 16 bytes per stage: which keys are there
+    static constexpr int kStats = kMasks + kStages * kChunkBytes;  // of a consumer: shift, sum of 2 rows per thread
     static constexpr int kBarriers = kStats + kWarpgroupThreads * 16;
-    static constexpr int kSharedBytes = kBarriers + (2 * kSlots + 2) * 8;
+    static constexpr int kSharedBytes = kBarriers + (4 * kStages + 2) * 8;
 };
 
 // A tile of 128 query rows has 64 for each warpgroup. Where 128 would pad much more than 64, both warpgroups take the
 // same 64 rows and every second tile of keys: n = 169 is 192 rows instead of 256. K and V then cross L2 twice as
-// often, so a fifth more padding is borne (n = 576, 640 rows, stays). At head size 128 each would have two slots alone,
+// often, so a fifth more padding is borne (n = 576, 640 rows, stays). At head size 128 each would have one stage alone,
 // and wait for every tile.
 constexpr int hopper_tile_rows(int rows, int head_dim) {
     const int narrow = (rows + 63) / 64 * 64, wide = (rows + 127) / 128 * 128;

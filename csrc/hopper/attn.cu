@@ -6,6 +6,8 @@
 namespace amskv::hopper {
 namespace {
 
+constexpr int kTileKeys = HopperTile<void, 64>::kKeys;
+
 // 16-bit rows as the copy engine sees them: (head_dim, rows, heads, sequences). A dimension of one has no stride.
 Error encode_rows(TensorMap* map, const Rows& rows, int64_t tokens, int64_t heads, const AttnParams& p, int box_rows) {
     const int64_t row_bytes = int64_t{p.head_dim} * kElementBytes;
@@ -19,7 +21,7 @@ Error encode_rows(TensorMap* map, const Rows& rows, int64_t tokens, int64_t head
 
 Error encode_maps(Args* args) {
     const AttnParams& p = args->params;
-    const int page_size = p.pool.page_size;
+    const int page_size = p.pool.page_size, box_rows = p.write.count > 0 ? page_size : kTileKeys;
     const int64_t out_row = int64_t{p.heads} * p.head_dim;
     const Rows out{p.out, p.tokens * out_row, out_row, p.head_dim};
     const int64_t dims[4] = {p.head_dim, page_size, 2, p.pool.num_pages};
@@ -27,8 +29,8 @@ Error encode_maps(Args* args) {
     const int64_t strides[3] = {row_bytes, row_bytes * page_size, 2 * row_bytes * page_size};
     for (const Error error : {
              encode_rows(&args->q, p.q, p.tokens, p.heads, p, kWarpgroupRows),
-             encode_rows(&args->k, p.k, p.tokens, p.kv_heads, p, page_size),
-             encode_rows(&args->v, p.v, p.tokens, p.kv_heads, p, page_size),
+             encode_rows(&args->k, p.k, p.tokens, p.kv_heads, p, box_rows),
+             encode_rows(&args->v, p.v, p.tokens, p.kv_heads, p, box_rows),
              encode_rows(&args->out, out, p.tokens, p.heads, p, kWarpgroupRows),
              encode_map(&args->pages, p.pool.pages, dims, strides, page_size),
          }) {
@@ -37,11 +39,27 @@ Error encode_maps(Args* args) {
     return kOk;
 }
 
+// Tiles of keys. Their boxes are numbered through, first the history's, then, where it is stored, the current scale's;
+// else that begins a tile, and a tile of it is one box. What does not fill a tile comes first.
+void cut_keys(Args* args) {
+    const AttnParams& p = args->params;
+    const int page_size = p.pool.page_size, pages = (p.tokens + page_size - 1) / page_size;
+    // Rows that join a page already begun are a box of their own: the write table then names a page more.
+    const int stored = p.write.count > 0 ? pages + (p.write.count > pages ? 1 : 0) : 0;
+    const int paged_keys = (p.read.count + stored) << args->page_shift, left_over = paged_keys % kTileKeys;
+    const bool short_first = left_over > 0 && left_over <= kTileKeys / 2 && page_size <= kTileKeys / 2;
+    args->first_keys = short_first ? kTileKeys / 2 : kTileKeys;
+    args->paged_tiles = (paged_keys + kTileKeys - 1) / kTileKeys;
+    const int padded = args->first_keys + (args->paged_tiles - 1) * kTileKeys;
+    args->first_box = args->paged_tiles > 0 ? (paged_keys - padded) >> args->page_shift : 0;
+    const int whole_tiles = p.write.count > 0 ? 0 : (p.tokens + kTileKeys - 1) / kTileKeys;
+    args->key_tiles = args->paged_tiles + whole_tiles;
+}
+
 template <typename T>
-Error launch_type(Args args, Stream stream) {
+Error launch_type(const Args& args, Stream stream) {
     const auto with = [&](auto tile) {
         using Shape = decltype(tile);
-        while (args.stride << args.slot_bits < Shape::kSlots) ++args.slot_bits;
         return launch("attn_hopper", attn_kernel<Shape>, args.blocks, kHopperThreads, Shape::kSharedBytes, stream, args);
     };
     return args.params.head_dim == 64 ? with(HopperTile<T, 64>{}) : with(HopperTile<T, 128>{});
@@ -67,16 +85,9 @@ Error attn(const AttnParams& params, const HopperPlan& plan, Stream stream) {
     Args args{};
     args.params = params;
     args.blocks = plan.blocks;
-    args.stride = plan.tile_rows == kWarpgroupRows ? kConsumers : 1;
+    args.shares_rows = plan.tile_rows == kWarpgroupRows;
     while (1 << args.page_shift < params.pool.page_size) ++args.page_shift;
-    constexpr int kKeys = HopperTile<void, 64>::kKeys;
-    // Rows that join a page already begun are a box of their own: the write table then names a page more.
-    const int pages = (params.tokens + params.pool.page_size - 1) / params.pool.page_size;
-    const int boxes = params.read.count + pages + (params.write.count > pages ? 1 : 0);
-    const int keys = boxes << args.page_shift, left_over = keys % kKeys;
-    const bool short_first = left_over > 0 && left_over <= kKeys / 2 && params.pool.page_size <= kKeys / 2;
-    args.first_keys = short_first ? kKeys / 2 : kKeys;
-    args.key_tiles = (keys + (short_first ? kKeys / 2 : 0) + kKeys - 1) / kKeys;
+    cut_keys(&args);
     args.row_tiles = static_cast<int>(row_tiles);
     args.items = static_cast<int>(items);
     args.group = params.heads / params.kv_heads;

@@ -1,38 +1,39 @@
 // Attention over paged history and the current scale for sm_90a: TMA, wgmma, a persistent grid.
 //
-// A block has three warpgroups and takes tiles of query rows, one after another. The first warpgroup moves: its warp 0
-// fetches tiles of K and V into a ring in shared memory, its warp 1 stores from that ring what later steps read. The
-// other two compute, 64 query rows each: while one takes exponentials, the other multiplies. Keys are numbered through
-// in boxes of `page_size` rows, one bulk copy each: the slots of the history, then the current scale.
+// A block has three warpgroups and takes tiles of query rows, one after another. The first is the producer: it loads
+// tiles of K and V into a pipeline of stages in shared memory, and stores from there what later steps read. The other
+// two are consumers, 64 query rows each: while one takes exponentials, the other multiplies.
 #pragma once
 
 #include <cmath>
 
 #include "common/softmax.cuh"
-#include "hopper/movers.cuh"
-#include "hopper/ring.cuh"
+#include "hopper/pipeline.cuh"
+#include "hopper/producer.cuh"
 
 namespace amskv::hopper {
 
 // Named barriers; those of a consumer are followed by the other's.
-enum NamedBarrier { kBlockBarrier = 0, kGroupBarrier = 1, kTurnBarrier = 3, kBothBarrier = 5 };
+enum NamedBarrier { kBlockBarrier = 0, kConsumerBarrier = 1, kSchedulerBarrier = 3, kBothBarrier = 5 };
 
 // A warpgroup that computes.
 struct Consumer {
-    int group, warp, lane;
+    int index, warp, lane;
     bool shares_rows;  // with the other, each taking every second tile of keys
 
+    // Which 64 rows of the tile are this consumer's.
+    __device__ __forceinline__ int rows() const { return shares_rows ? 0 : index; }
     __device__ __forceinline__ int thread() const { return warp * kWarpLanes + lane; }
-    __device__ __forceinline__ void barrier() const { named_barrier(kGroupBarrier + group, kWarpgroupThreads); }
+    __device__ __forceinline__ void barrier() const { named_barrier(kConsumerBarrier + index, kWarpgroupThreads); }
     __device__ __forceinline__ void barrier_of_both() const {
         named_barrier(kBothBarrier, kConsumers * kWarpgroupThreads);
     }
-    // The consumers issue their products in turns, so that the other's run under this one's exponentials.
-    __device__ __forceinline__ void wait_turn() const {
-        named_barrier(kTurnBarrier + group, kConsumers * kWarpgroupThreads);
+    // The consumers issue their products one after the other, so that the other's run under this one's exponentials.
+    __device__ __forceinline__ void scheduler_wait() const {
+        named_barrier(kSchedulerBarrier + index, kConsumers * kWarpgroupThreads);
     }
-    __device__ __forceinline__ void give_turn() const {
-        named_barrier_arrive(kTurnBarrier + 1 - group, kConsumers * kWarpgroupThreads);
+    __device__ __forceinline__ void scheduler_arrive() const {
+        named_barrier_arrive(kSchedulerBarrier + 1 - index, kConsumers * kWarpgroupThreads);
     }
 };
 
@@ -186,77 +187,79 @@ struct Registers {
 // The first tile of keys of an item: its scores, and their exponentials. kCount scores per thread.
 template <int kCount, class Tile>
 __device__ __forceinline__ void begin(
-    Spot k, const Ring<Tile>& ring, const Consumer& me, Registers<Tile>& registers, float scale_log2) {
+    const PipelineState& k, const Pipeline<Tile>& pipeline, const Consumer& me, Registers<Tile>& registers,
+    float scale_log2) {
     float shrink[2];  // of nothing
-    ring.wait_full(k);
+    pipeline.wait_full(kKeys, k);
     wgmma_fence();
-    registers.template issue_scores<kCount>(ring.query(me.shares_rows ? 0 : me.group), ring.tile(k));
-    const Chunk named = load_shared_16(ring.mask(k));
+    registers.template issue_scores<kCount>(pipeline.query(me.rows()), pipeline.tile(kKeys, k));
+    const Chunk named = load_shared_16(pipeline.mask(k));
     wgmma_wait<0>();
     settle(registers.scores);
-    ring.release(k, me.lane);
+    pipeline.release(kKeys, k, me.lane);
     registers.template mask<kCount>(named, me.lane);
     registers.template exponentiate<kCount>(shrink, scale_log2);
     registers.template round_probabilities<kCount>();
 }
 
-// A consumer's tiles of keys of one item: the products of a tile's V and of the next tile's K are issued together, and
+// A consumer's `tiles` of keys of one item: the products of a tile's V and of the next tile's K are issued together, and
 // the next tile's exponentials are taken while the former still run. The first tile may be a half one. The queries are
 // released with the last scores, so that the next item's come under the rest of this one.
 template <class Tile>
 __device__ __forceinline__ void attend(
-    const Order& order, bool half, const Ring<Tile>& ring, const Consumer& me, Registers<Tile>& registers,
-    float scale_log2) {
+    PipelineState& state, int tiles, bool half, const Pipeline<Tile>& pipeline, const Consumer& me,
+    Registers<Tile>& registers, float scale_log2) {
     constexpr int kCount = Tile::kKeys / 2;
     registers.clear();
-    if (order.tiles > 0 && half) begin<kCount / 2>(order.k(0), ring, me, registers, scale_log2);
-    if (order.tiles > 0 && !half) begin<kCount>(order.k(0), ring, me, registers, scale_log2);
-    for (int tile = 0; tile + 1 < order.tiles; ++tile) {
-        const Spot k = order.k(tile + 1), v = order.v(tile);
+    if (tiles > 0 && half) begin<kCount / 2>(state, pipeline, me, registers, scale_log2);
+    if (tiles > 0 && !half) begin<kCount>(state, pipeline, me, registers, scale_log2);
+    for (int tile = 1; tile < tiles; ++tile) {
+        const PipelineState v = state, k = state.next();
         float shrink[2];
-        if (tile == 0) ring.wait_full(k);
-        ring.wait_full(v);
-        if (!me.shares_rows) me.wait_turn();
+        if (tile == 1) pipeline.wait_full(kKeys, k);
+        pipeline.wait_full(kValues, v);
+        if (!me.shares_rows) me.scheduler_wait();
         wgmma_fence();
-        registers.template issue_scores<kCount>(ring.query(me.shares_rows ? 0 : me.group), ring.tile(k));
-        registers.issue_out(ring.tile(v), half && tile == 0);
-        if (!me.shares_rows) me.give_turn();
-        const Chunk named = load_shared_16(ring.mask(k));
+        registers.template issue_scores<kCount>(pipeline.query(me.rows()), pipeline.tile(kKeys, k));
+        registers.issue_out(pipeline.tile(kValues, v), half && tile == 1);
+        if (!me.shares_rows) me.scheduler_arrive();
+        const Chunk named = load_shared_16(pipeline.mask(k));
         wgmma_wait<1>();
         settle(registers.scores);
-        ring.release(k, me.lane);
-        if (tile + 2 == order.tiles) ring.release_query(me.lane);
+        pipeline.release(kKeys, k, me.lane);
+        if (tile + 1 == tiles) pipeline.release_query(me.lane);
         registers.template mask<kCount>(named, me.lane);
         registers.template exponentiate<kCount>(shrink, scale_log2);
         settle(registers.scores);
         // The next wait for K comes here, because ptxas keeps to branches alone: without one, it would put the
         // exponentials off until the products below are done.
-        if (tile + 2 < order.tiles) ring.wait_full(order.k(tile + 2));
+        if (tile + 1 < tiles) pipeline.wait_full(kKeys, k.next());
         wgmma_wait<0>();
         settle(registers.out);
-        ring.release(v, me.lane);
+        pipeline.release(kValues, v, me.lane);
         registers.rescale(shrink);
         registers.template round_probabilities<kCount>();
+        state = k;
     }
-    if (order.tiles < 2) ring.release_query(me.lane);
-    if (order.tiles > 0) {
-        const Spot v = order.v(order.tiles - 1);
-        ring.wait_full(v);
+    if (tiles < 2) pipeline.release_query(me.lane);
+    if (tiles > 0) {
+        pipeline.wait_full(kValues, state);
         wgmma_fence();
-        registers.issue_out(ring.tile(v), half && order.tiles == 1);
+        registers.issue_out(pipeline.tile(kValues, state), half && tiles == 1);
         wgmma_wait<0>();
         settle(registers.out);
-        ring.release(v, me.lane);
+        pipeline.release(kValues, state, me.lane);
+        state = state.next();
     }
 }
 
 // A consumer's 64 rows of the output and their lse; rows past the last are clipped by the copy engine.
 template <class Tile>
 __device__ __forceinline__ void store_out(
-    const Args& args, const Item& item, const Ring<Tile>& ring, const Consumer& me, Registers<Tile>& registers,
+    const Args& args, const Item& item, const Pipeline<Tile>& pipeline, const Consumer& me, Registers<Tile>& registers,
     float scale_log2) {
     const AttnParams& p = args.params;
-    const int first_row = item.first_row + (me.shares_rows ? 0 : me.group * kWarpgroupRows);
+    const int first_row = item.first_row + me.rows() * kWarpgroupRows;
     registers.normalise(scale_log2);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -264,7 +267,7 @@ __device__ __forceinline__ void store_out(
         float* const lse = p.lse + (int64_t{item.batch} * p.heads + item.head) * p.tokens;
         if (row < p.tokens && me.lane % 4 == 0) lse[row] = registers.row_shift[half];
     }
-    const SharedAddress staged = ring.out(me.group);
+    const SharedAddress staged = pipeline.out(me.index);
 #pragma unroll
     for (int i = 0; i < Tile::kHeadDim / 4; ++i) {
         const int row = me.warp * kMmaRows + i % 2 * 8 + me.lane / 4, block = i / 2;
@@ -284,46 +287,47 @@ __device__ __forceinline__ void store_out(
 }
 
 template <class Tile>
-__device__ __forceinline__ void compute(const Args& args, const Ring<Tile>& ring, const Consumer& me) {
+__device__ __forceinline__ void compute(const Args& args, const Pipeline<Tile>& pipeline, const Consumer& me) {
     const float scale_log2 = args.params.softmax_scale * kLog2E;
     Registers<Tile> registers;
-    if (me.group == 1 && !me.shares_rows) me.give_turn();
+    if (me.index == 1 && !me.shares_rows) me.scheduler_arrive();
+    PipelineState state = PipelineState::begin<Tile>(me.shares_rows, me.index);
+    const int tiles = me.shares_rows ? (args.key_tiles + 1 - me.index) / 2 : args.key_tiles;
+    const bool half = args.first_keys < Tile::kKeys && (me.index == 0 || !me.shares_rows);
     int round = 0;
     for (int index = blockIdx.x; index < args.items; index += args.blocks, ++round) {
         const Item item(args, index);
-        mbarrier_wait(ring.query_full(), round & 1);
-        const bool half = args.first_keys < Tile::kKeys && (me.group == 0 || !me.shares_rows);
-        attend(Order(args, round, me.shares_rows ? me.group : 0), half, ring, me, registers, scale_log2);
+        mbarrier_wait(pipeline.query_full(), round & 1);
+        attend(state, tiles, half, pipeline, me, registers, scale_log2);
         if (me.thread() == 0) tma_store_wait_read();  // the item before: its output has left shared memory
         if (me.shares_rows) {
-            const SharedAddress sums = ring.out(0), stats = ring.shared + Tile::kStats;
+            const SharedAddress sums = pipeline.out(0), stats = pipeline.shared + Tile::kStats;
             me.barrier_of_both();
-            if (me.group == 1) registers.hand_over(sums, stats, me.thread());
+            if (me.index == 1) registers.hand_over(sums, stats, me.thread());
             me.barrier_of_both();
-            if (me.group == 1) continue;
+            if (me.index == 1) continue;
             registers.take_over(sums, stats, me.thread());
         }
         me.barrier();
-        store_out(args, item, ring, me, registers, scale_log2);
+        store_out(args, item, pipeline, me, registers, scale_log2);
     }
     if (me.thread() == 0) tma_store_wait_read();
 }
 
 template <class Tile>
 __global__ void __launch_bounds__(kHopperThreads, 1) attn_kernel(const __grid_constant__ Args args) {
-    const Ring<Tile> ring{dynamic_shared()};
+    const Pipeline<Tile> pipeline{dynamic_shared()};
     const int warp = shuffle_from(threadIdx.x / kWarpLanes, 0);  // so that the compiler knows it uniform
     const int lane = threadIdx.x % kWarpLanes;
-    if (threadIdx.x == 0) ring.init(args);
+    if (threadIdx.x == 0) pipeline.init(args);
     named_barrier(kBlockBarrier, kHopperThreads);
-    if (warp < kWarpgroupWarps) {
-        release_registers<kMoverRegisters>();
-        if (warp == 0) fetch(args, ring, lane);
-        if (warp == 1) keep_boxes(args, ring, lane);
-        if (warp >= 2) keep_rows<Tile>(args, warp - 2, lane);
-    } else {
+    if (warp >= kWarpgroupWarps) {
         take_registers<kConsumerRegisters>();
-        compute(args, ring, Consumer{warp / kWarpgroupWarps - 1, warp % kWarpgroupWarps, lane, args.stride > 1});
+        const int consumer = warp / kWarpgroupWarps - 1;
+        compute(args, pipeline, Consumer{consumer, warp % kWarpgroupWarps, lane, args.shares_rows});
+    } else {
+        release_registers<kProducerRegisters>();
+        produce(args, pipeline, warp, lane);
     }
 }
 

@@ -19,6 +19,7 @@ import large_logits
 from cases import Case
 
 from amskv_kernels.ops import reference
+from amskv_kernels.planning.layout import ROWS_BITS
 
 pytestmark = pytest.mark.skipif(library.why_not_loaded() is not None, reason=str(library.why_not_loaded()))
 
@@ -133,6 +134,30 @@ def test_hopper_random(seed):
 @pytest.mark.parametrize("case", LARGE_LOGITS, ids=str)
 def test_hopper_with_logits_of_every_size(case):
     check_large_logits(torch.ops.amskv.attn_hopper, replace(case, hopper=(128, 1)))
+
+
+@pytest.mark.usefixtures("needs_hopper")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_hopper_reaches_pages_beyond_2_31_elements(head_dim):
+    """A pool of which only the last pages are named, read and written: the copy engine counts in 64 bits."""
+    page_size, n, heads, history = 128, 200, 2, 3
+    page_elements = 2 * page_size * head_dim
+    stored = -(-n // page_size)
+    own = history + stored
+    first = 2**31 // page_elements + 100
+    pages = torch.full((first + heads * own, 2, page_size, head_dim), torch.nan, dtype=torch.bfloat16, device="cuda")
+    pages[first:] = torch.randn_like(pages[first:])
+    q, k, v = torch.randn(1, n, 3 * heads, head_dim, dtype=torch.bfloat16, device="cuda").split(heads, 2)
+    arena = torch.tensor([[first, first + own]], dtype=torch.int32, device="cuda")
+    slots = torch.arange(own, dtype=torch.int32).view(1, 1, own) << ROWS_BITS | page_size
+    slots[..., -1] += n - stored * page_size
+    read, write = slots[..., :history].contiguous(), slots[..., history:].contiguous()
+    near = (q.cpu(), k.cpu(), v.cpu(), pages[first:].cpu(), arena.cpu() - first, read, write)
+    truth, truth_lse = reference.attn(*near, head_dim**-0.5)
+    out, lse = torch.ops.amskv.attn_hopper(q, k, v, pages, arena, read.cuda(), write.cuda(), head_dim**-0.5)
+    assert (out.cpu().double() - truth).abs().max() < 2e-2
+    assert (lse.cpu().double() - truth_lse).abs().max() < 1e-4
+    assert torch.equal(pages[first:].cpu().view(torch.int16), near[3].view(torch.int16))
 
 
 @pytest.mark.usefixtures("needs_hopper")

@@ -12,7 +12,7 @@ HOPPER_CASE = Case(
     n=150, batch=1, heads=1, kv_heads=1, head_dim=128, gap=False, history=(16,) * 20 + (3,), hopper=(128, 1)
 )
 PORTABLE = "portable/attn.cuh"
-RING, MOVERS, KERNEL = "hopper/ring.cuh", "hopper/movers.cuh", "hopper/attn.cuh"
+PIPELINE, PRODUCER, KERNEL = "hopper/pipeline.cuh", "hopper/producer.cuh", "hopper/attn.cuh"
 WRONG = "out: more than twice the error|lse is not that|eager is not lazy"
 
 FAULTS = [
@@ -43,8 +43,8 @@ FAULTS = [
 ]  # fmt: skip
 HOPPER_FAULTS = [
     pytest.param(
-        RING, "mbarrier_wait(full(spot), spot.parity);", "mbarrier_wait(full(spot), spot.parity ^ 1);",
-        r"attn_hopper, block 0, .*hopper/movers\.cuh:\d+: (no barrier orders|reads bytes of the copy)",
+        PIPELINE, "mbarrier_wait(full(part, at), at.parity);", "mbarrier_wait(full(part, at), at.parity ^ 1);",
+        r"attn_hopper, block 0, .*hopper/\w+\.cuh:\d+: (no barrier orders|reads bytes of the copy)",
         id="wrong phase bit",
     ),
     pytest.param(
@@ -57,21 +57,23 @@ HOPPER_FAULTS = [
         id="wrong descriptor stride",
     ),
     pytest.param(
-        MOVERS, "tile == 0 ? first_bytes : Tile::kSlotBytes);", "tile == 0 ? first_bytes + 16 : Tile::kSlotBytes);",
+        PRODUCER, "tile == 0 ? first_bytes : Tile::kStageBytes);",
+        "tile == 0 ? first_bytes + 16 : Tile::kStageBytes);",
         r"no thread can go on:(\n|.)*warp 4 waits for the end of phase 0 of mbarrier 0: 0 of 1 arrivals and 16 b",
         id="transaction count too high",
     ),
     pytest.param(
-        MOVERS, "tile == 0 ? first_bytes : Tile::kSlotBytes);", "tile == 0 ? first_bytes - 16 : Tile::kSlotBytes);",
+        PRODUCER, "tile == 0 ? first_bytes : Tile::kStageBytes);",
+        "tile == 0 ? first_bytes - 16 : Tile::kStageBytes);",
         "counts 16 bytes more than were expected", id="transaction count too low",
     ),
     pytest.param(
-        KERNEL, "        wgmma_wait<0>();\n        settle(registers.out);\n        ring.release(v, me.lane);\n"
-        "        registers.rescale(shrink);",
-        "        ring.release(v, me.lane);\n        wgmma_wait<0>();\n        settle(registers.out);\n"
+        KERNEL, "        wgmma_wait<0>();\n        settle(registers.out);\n"
+        "        pipeline.release(kValues, v, me.lane);\n        registers.rescale(shrink);",
+        "        pipeline.release(kValues, v, me.lane);\n        wgmma_wait<0>();\n        settle(registers.out);\n"
         "        registers.rescale(shrink);",
         f"no barrier orders this write after the reads of warp|still under way|reads bytes of the copy|{WRONG}",
-        id="a slot released before its products are done",
+        id="a stage released before its products are done",
     ),
     pytest.param(
         KERNEL, "        wgmma_wait<1>();", "        wgmma_wait<2>();",
@@ -79,20 +81,20 @@ HOPPER_FAULTS = [
         id="scores used before they are there",
     ),
     pytest.param(
-        KERNEL, "        if (!me.shares_rows) me.give_turn();\n        const", "        const",
-        r"no thread can go on:(\n|.)*in bar\.sync", id="a turn never given",
+        KERNEL, "        if (!me.shares_rows) me.scheduler_arrive();\n        const", "        const",
+        r"no thread can go on:(\n|.)*in bar\.sync", id="a scheduler barrier that nobody comes to",
     ),
     pytest.param(
-        MOVERS, "                tma_store_wait_read();\n            }\n            ring.release",
-        "            }\n            ring.release", "bulk store that nothing waited for",
-        id="a slot released before its bulk store has read it",
+        PRODUCER, "                    tma_store_wait_read();\n                }\n                pipeline.release",
+        "                }\n                pipeline.release", "bulk store that nothing waited for",
+        id="a stage released before its bulk store has read it",
     ),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("file, text, replacement, message", FAULTS + HOPPER_FAULTS)
 def test_planted_fault_is_caught(tmp_path, file, text, replacement, message):
-    case = HOPPER_CASE if file in (RING, MOVERS, KERNEL) else CASE
+    case = HOPPER_CASE if file in (PIPELINE, PRODUCER, KERNEL) else CASE
     cases.check(hostlib.load(), case)
     faulty = hostlib.load_with_fault(file, text, replacement, tmp_path)
     with pytest.raises((RuntimeError, AssertionError), match=message):

@@ -53,6 +53,18 @@ def test_every_page_of_its_own_is_stored_once_from_shared_memory(host, head_dim,
     assert cases.check(host, replace(case, stores=False, grow=0))["bulk_stores"] == heads * row_blocks * panels
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("history", [(), (16,) * 3, (16,) * 8, (16,) * 21 + (5,)], ids=len)
+def test_a_current_scale_that_nothing_stores_comes_in_one_box_per_tile(host, head_dim, history):
+    """Of K and of V, beside the boxes of the history, whose first tile is filled up to 64 or 128 keys, and queries."""
+    n, page_size, heads = 300, 16, 2
+    case = Case(n=n, batch=1, head_dim=head_dim, page_size=page_size, history=history, stores=False, hopper=(128, 2))
+    entries = len(history) + 2  # with the empty ones of the table
+    paged, row_tiles = -(-entries * page_size // 64) * 64 // page_size, -(-n // 128)
+    loads = cases.check(host, case)["bulk_loads"]
+    assert loads == heads * row_tiles * (head_dim // 64) * (2 * paged + 2 * -(-n // 128) + 2)
+
+
 @pytest.mark.parametrize("gap, grow", [(True, 0), (False, 5), (True, 11)])
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_stores_that_do_not_match_boxes(host, tile, gap, grow):

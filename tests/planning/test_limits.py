@@ -45,7 +45,7 @@ def test_more_pages_than_a_slot_can_name_are_refused_before_they_are_allocated(p
 
 
 def test_a_page_size_that_fits_is_found_and_none_is_refused():
-    assert choose_page_size({16: MOST_PAGES + 1, 32: MOST_PAGES // 2 + 1, 64: MOST_PAGES}) == 32
+    assert choose_page_size({16: MOST_PAGES + 1, 32: MOST_PAGES // 2 + 1, 64: MOST_PAGES}, 16 * MOST_PAGES) == 32
     with pytest.raises(ValueError, match=r"needs \d+ pages of 128 rows in an arena; a slot can name at most 8388608$"):
         CachePlan.build(HUGE, Full(), 17)
 
