@@ -203,6 +203,6 @@ def _most_pages(schedule: ScaleSchedule, policy: AMSKVCapacity, page_size: int) 
 
 
 def _check_page_numbers(count: int, page_size: int, arenas: int) -> None:
-    choose_page_size({page_size: count})
+    choose_page_size({page_size: count}, count * page_size)
     if arenas * count > MOST_POOL_PAGES:
         raise ValueError(f"the pool may need {arenas * count} pages; page numbers are 32-bit")
