@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from amskv_kernels.cli.arguments import add_model, command, model_shape, picture, whole
 
@@ -12,6 +12,9 @@ EPILOG = """\
 next: give the same policy to your model, amskv_kernels.integrations.patch(model, "ams-kv:75"), or measure yours first:
   amskv calibrate --help
 """
+
+if TYPE_CHECKING:
+    from amskv_kernels.planning.memory import MemoryReport
 
 
 def add(commands: Any) -> None:
@@ -51,21 +54,34 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({**memory.as_dict(), "settings": repr(policy)}, indent=2))
         return 0
-    share = f"{memory.retained_tokens_per_layer:.1f} of {memory.total_tokens} tokens per layer"
-    dropped = "scales" if plan.selection is None else "tokens"
-    kept = "lossless" if memory.lossless else f"approximate: some earlier {dropped} are dropped"
-    drawn = f"{counted(memory.images, 'image')} = {counted(memory.sequences, 'sequence')}"
-    print(f"{shape.name} ({memory.schedule}), {drawn}, {memory.dtype}")
-    print(f"policy     {memory.policy}: {policy!r}")
-    print(f"stock      {memory.stock_mib:12,.1f} MiB  every token, fp32 K and 16-bit V")
-    print(f"retained   {memory.retained_mib:12,.1f} MiB  {share}: {memory.saved_of_all:.1%} fewer, {kept}")
-    print(
-        f"           {memory.retained_at_stock_dtype_mib:12,.1f} MiB  the same tokens with stock's fp32 K and 16-bit V"
-    )
-    print(f"allocated  {memory.allocated_mib:12,.1f} MiB  in pages of {memory.page_size} tokens, known before step 1")
-    print(f"peak       {memory.peak_mib:12,.1f} MiB  with the current scale's own K, V")
-    print(f"saved      {memory.saved_bytes:12.1%} of stock's bytes; tokens: {memory.saved_of_all:.1%} of all, "
-          f"{memory.saved_of_prefix:.1%} of the prefix")  # fmt: skip
+    print("\n".join(_lines(memory, repr(policy), plan.selection is not None)))
     if arguments.plot:
         print(f"plot       {arguments.plot}")
     return 0
+
+
+def _lines(memory: MemoryReport, settings: str, chosen: bool) -> list[str]:
+    """The report for people: first what a GPU must have free, then what the papers count."""
+    from amskv_kernels.planning.memory import counted, shares
+
+    def line(name: str, mib: float, what: str) -> str:
+        return f"{name:<11}{mib:12,.1f} MiB  {what}"
+
+    drawn = f"{counted(memory.images, 'image')} = {counted(memory.sequences, 'sequence')}"
+    dropped = "tokens" if chosen else "scales"
+    kept = "lossless" if memory.lossless else f"approximate: some earlier {dropped} are dropped"
+    of_prefix = f"{shares(memory.kept_of_prefix)} of those before the last scale"
+    held = f"{memory.retained_tokens_per_layer:.1f} of {memory.total_tokens} tokens per layer"
+    return [
+        f"{memory.model} ({memory.schedule}), {drawn}, {memory.dtype}",
+        f"policy     {memory.policy}: {settings}",
+        line("needed", memory.needed_mib, "free on the device for keys and values, known before step 1"),
+        line("  pool", memory.allocated_mib, f"pages of {memory.page_size} tokens, made before step 1"),
+        line("  in flight", memory.in_flight_mib, "K, V of the largest map while a layer attends"),
+        *([line("  scores", memory.scores_mib, "attention added up, in fp32")] if memory.scores_mib else []),
+        line("stock", memory.stock_mib, "every token, fp32 K and 16-bit V"),
+        f"saved      {memory.saved:12.1%} of stock's bytes",
+        line("retained", memory.retained_mib, f"between steps, as papers count: {held}, {kept}"),
+        line("", memory.retained_at_stock_dtype_mib, "the same tokens with stock's fp32 K and 16-bit V"),
+        f"tokens     {shares(memory.kept_of_all)} of all; {of_prefix}",
+    ]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from amskv_kernels.arguments import instance_of, shown, whole_number
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.shapes import ModelShape
 
 # Bytes of one K and one V element together.
 PAIR_BYTES = {"fp16": 4, "bf16": 4, "fp32": 8}
 STOCK_PAIR_BYTES = 6  # fp32 K, because F.normalize under autocast returns fp32, and 16-bit V
+SCORE_BYTES = 4  # fp32
 MIB = 2**20
+MOST_IMAGES = 2**31 - 1  # beyond any pool, whose pages are numbered in 32 bits
 
 
 @dataclass(frozen=True)
@@ -18,14 +21,21 @@ class MemoryReport:
     """Memory of one batch, all layers and heads, in MiB; tokens are per layer, sequence and head.
 
     Attributes:
+        needed_mib: what must be free for keys and values: the pool, the largest scale in flight, and summed scores.
+        saved: the share of stock_mib that is not needed. Stock code needs more than stock_mib, a copy of each layer's
+            cache while it concatenates, which is not counted for us.
+        allocated_mib: the pool, pages rounded up; made before the first step.
+        in_flight_mib: K, V of the largest scale, which a layer has beside the pages while it attends.
+        scores_mib: the attention that a policy adds up for every key it holds (H2O), in fp32; 0 for others.
         stock_mib: every token of every scale in stock's 6 bytes per (K, V) element pair.
-        retained_mib: what all layers hold between steps, at the widest step.
+        retained_mib: what all layers hold between steps, at the widest step, as papers count.
         retained_at_stock_dtype_mib: the same tokens in stock's 6 bytes per pair, as ScaleKV's tables count.
-        peak_mib: the most held during any call, the current scale's own K, V in flight included.
-        allocated_mib: the pool, pages rounded up.
+        peak_mib: the most held during any call, the scale in flight included, pages not rounded up.
+        kept_of_all: share of all tokens retained.
         saved_of_all: share of all tokens not retained, AMS-KV's convention.
-        saved_of_prefix: share of the tokens of all scales but the last, ScaleKV's and HeatKV's convention;
-            below 0 never, 0 when nothing is dropped.
+        kept_of_prefix: share of the tokens of all scales but the last retained.
+        saved_of_prefix: share of them not retained, ScaleKV's and HeatKV's convention; below 0 never, 0 when nothing
+            is dropped.
         saved_bytes: share of stock_mib not retained.
         lossless: whether every layer reads every earlier scale.
     """
@@ -41,12 +51,18 @@ class MemoryReport:
     total_tokens: int
     prefix_tokens: int
     retained_tokens_per_layer: float
+    needed_mib: float
+    saved: float
+    allocated_mib: float
+    in_flight_mib: float
+    scores_mib: float
     stock_mib: float
     retained_mib: float
     retained_at_stock_dtype_mib: float
     peak_mib: float
-    allocated_mib: float
+    kept_of_all: float
     saved_of_all: float
+    kept_of_prefix: float
     saved_of_prefix: float
     saved_bytes: float
     lossless: bool
@@ -61,6 +77,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def shares(kept: float) -> str:
+    """Both shares of what is kept: "25.0% kept, 75.0% saved"."""
+    return f"{kept:.1%} kept, {1 - kept:.1%} saved"
+
+
 def token_mib(shape: ModelShape, sequences: int, pair_bytes: int) -> float:
     """MiB of one token in one layer over all sequences and KV heads."""
     return shape.kv_heads * shape.head_dim * pair_bytes * sequences / MIB
@@ -72,19 +93,27 @@ def report(
     """The memory of generating `images` at once; with `cfg`, two sequences an image.
 
     Raises:
-        ValueError: images below 1 or an unknown dtype.
+        TypeError: a plan or shape of another type.
+        ValueError: a plan of another model than the shape's, images below 1 or beyond 32 bits, or an unknown dtype.
     """
-    if images < 1:
-        raise ValueError(f"images is {images}; it must be at least 1")
-    if dtype not in PAIR_BYTES:
-        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(PAIR_BYTES)}")
+    instance_of("plan", plan, CachePlan)
+    instance_of("shape", shape, ModelShape)
+    if (plan.schedule, plan.num_layers) != (shape.schedule, shape.layers) or plan.heads not in (1, shape.kv_heads):
+        raise ValueError(f"plan is {plan!r}; it must be one of {shape.name}: {shape.layers} layers, its schedule")
+    images = whole_number("images", images, 1, MOST_IMAGES)
+    if not isinstance(dtype, str) or dtype not in PAIR_BYTES:
+        raise ValueError(f"dtype is {shown(dtype)}; it must be one of {', '.join(PAIR_BYTES)}")
     schedule, sequences = shape.schedule, images * (2 if cfg else 1)
     ours, stock = (token_mib(shape, sequences, pair) for pair in (PAIR_BYTES[dtype], STOCK_PAIR_BYTES))
     # Where heads differ, a plan counts the tokens of all of them.
-    retained, peak, allocated = (
-        tokens / plan.heads for tokens in (plan.retained_tokens, plan.peak_tokens, plan.allocated_tokens)
+    retained, peak, allocated, in_flight = (
+        tokens / plan.heads
+        for tokens in (plan.retained_tokens, plan.peak_tokens, plan.allocated_tokens, plan.in_flight_tokens)
     )
-    stock_mib = schedule.total * shape.layers * stock
+    scores_mib = plan.summed_scores * SCORE_BYTES * shape.kv_heads * sequences / MIB
+    needed_mib, stock_mib = (allocated + in_flight) * ours + scores_mib, schedule.total * shape.layers * stock
+    kept_of_all = retained / (schedule.total * shape.layers)
+    kept_of_prefix = retained / (schedule.prefix * shape.layers) if schedule.prefix else 1.0
     return MemoryReport(
         model=shape.name,
         schedule=schedule.name,
@@ -97,13 +126,19 @@ def report(
         total_tokens=schedule.total,
         prefix_tokens=schedule.prefix,
         retained_tokens_per_layer=retained / shape.layers,
+        needed_mib=needed_mib,
+        saved=1 - needed_mib / stock_mib,
+        allocated_mib=allocated * ours,
+        in_flight_mib=in_flight * ours,
+        scores_mib=scores_mib,
         stock_mib=stock_mib,
         retained_mib=retained * ours,
         retained_at_stock_dtype_mib=retained * stock,
         peak_mib=peak * ours,
-        allocated_mib=allocated * ours,
-        saved_of_all=1 - retained / (schedule.total * shape.layers),
-        saved_of_prefix=1 - retained / (schedule.prefix * shape.layers) if schedule.prefix else 0.0,
+        kept_of_all=kept_of_all,
+        saved_of_all=1 - kept_of_all,
+        kept_of_prefix=kept_of_prefix,
+        saved_of_prefix=1 - kept_of_prefix,
         saved_bytes=1 - retained * ours / stock_mib,
         lossless=plan.lossless,
     )

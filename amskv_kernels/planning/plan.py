@@ -148,8 +148,8 @@ class CachePlan:
         heads = "" if self.heads == 1 else f" of {self.heads} heads"
         return (
             f"CachePlan({self.schedule.name}: {len(self.schedule)} steps, {self.num_layers} layers{heads}, "
-            f"{self.pages} pages of {self.page_size} rows, {self.retained_tokens} tokens retained, "
-            f"{self.peak_tokens} at peak)"
+            f"{self.pages} pages of {self.page_size} rows, {self.needed_tokens} tokens needed, "
+            f"{self.retained_tokens} retained)"
         )
 
     def read_slots(self, step: int, layer: int) -> Slots:
@@ -226,11 +226,37 @@ class CachePlan:
 
     @cached_property
     def peak_tokens(self) -> int:
-        """Most tokens held during any call: those in pages plus the current scale's own K, V in flight."""
-        in_flight = self.heads * np.asarray(self.schedule.tokens)[:, None]
-        return int((self.live + in_flight).max())
+        """Most tokens held during any call, pages not rounded up: those in pages plus the current scale's K, V."""
+        return int((self.live + self.heads * np.asarray(self.schedule.tokens)[:, None]).max())
 
     @property
     def allocated_tokens(self) -> int:
         """Rows of one arena: pages · page_size."""
         return self.pages * self.page_size
+
+    @property
+    def in_flight_tokens(self) -> int:
+        """Tokens of the largest scale, whose K, V a layer has beside the pages while it attends."""
+        return self.heads * max(self.schedule.tokens)
+
+    @property
+    def needed_tokens(self) -> int:
+        """What must be free for one arena: its rows and the largest scale in flight."""
+        return self.allocated_tokens + self.in_flight_tokens
+
+    @cached_property
+    def summed_scores(self) -> int:
+        """Most fp32 scores held between calls, where the selection adds them up: one per key and KV head."""
+        if self.selection is None or not self.selection.accumulate:
+            return 0
+        last = {layer: step for step, layer in sorted(self._tables.compactions)}
+        scores, most = [0] * self.num_layers, 0
+        for step, count in enumerate(self.schedule.tokens):
+            for layer in range(self.num_layers):
+                at = self.compaction(step, layer)
+                if at is not None:
+                    scores[layer] = at.kept
+                elif step < last.get(layer, -1):
+                    scores[layer] = self.read_rows(step, layer) + count
+                most = max(most, sum(scores))
+        return most

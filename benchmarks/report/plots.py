@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from amskv_kernels.cli.plots import new_figure, save
+from amskv_kernels.planning.memory import counted
 from benchmarks.harness import machine
 from benchmarks.harness.peers import OURS
 from benchmarks.harness.results import newest, rows
@@ -15,8 +17,14 @@ from benchmarks.report.tables import CaseName, case_of, cases, contestants, modu
 from benchmarks.suites.image import MODELS
 
 Result = dict[str, Any]
+T = TypeVar("T")
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 COLOURS = ("#0b6e4f", "#c0392b", "#2c5fa8", "#e08e0b", "#7d4fa3", "#50808e", "#8a6d3b", "#444444")
+
+
+def _coloured(things: Iterable[T], first: int = 0) -> Iterator[tuple[T, str]]:
+    """Every thing with a colour, from the `first` on; where there are more things they come again."""
+    return zip(things, cycle((*COLOURS[first:], *COLOURS[:first])), strict=False)
 
 
 def _note(axes: Any, result: Result) -> None:
@@ -27,7 +35,12 @@ def _note(axes: Any, result: Result) -> None:
 
 def _case_title(case: CaseName) -> str:
     model, policy, images, dtype = case
-    return f"{model}, {policy}, {images} image{'s' if images > 1 else ''} with guidance, {dtype}"
+    return f"{model}, {policy}, {counted(images, 'image')} with guidance, {dtype}"
+
+
+def _case_label(case: CaseName) -> str:
+    model, policy, images, dtype = case
+    return f"{model} {policy}\n{counted(images, 'image')}, {dtype}"
 
 
 def per_step(result: Result, suite: str, case: CaseName, path: Path) -> None:
@@ -35,7 +48,7 @@ def per_step(result: Result, suite: str, case: CaseName, path: Path) -> None:
     found = [row for row in rows(result, suite) if case_of(row) == case]
     figure, axes = new_figure(8, 4.5)
     at = sorted({row["step"] for row in found})
-    for name, colour in zip(contestants(found), COLOURS, strict=False):
+    for name, colour in _coloured(contestants(found)):
         times = []
         for step in at:
             own = [row for row in found if row["step"] == step]
@@ -71,7 +84,7 @@ def roofline(result: Result, suite: str, dtype: str, path: Path) -> None:
     roof = [(x, min(peak, x * bandwidth) * size) for x in (low, ridge, high)]
     axes.plot([x for x, _ in roof], [y for _, y in roof], color="black", label="copy bandwidth and matrix product")
     names = list(dict.fromkeys(row["model"] for row in found))
-    for name, colour in zip(names, COLOURS, strict=False):
+    for name, colour in _coloured(names):
         own = [row for row in found if row["model"] == name]
         axes.scatter(
             [row["flops"] / row["bytes"] for row in own], [row["times"][OURS]["tflop_s"] * size for row in own],
@@ -91,11 +104,11 @@ def roofline(result: Result, suite: str, dtype: str, path: Path) -> None:
 def sums(result: Result, suite: str, path: Path) -> None:
     """Attention of whole generations: every contestant's time over ours, as bars."""
     found = rows(result, suite)
-    kept = cases(found)[:9]
+    kept = cases(found)
     names = [name for name in contestants(found) if name != OURS]
     figure, axes = new_figure(8, 1.2 + 0.42 * len(kept) * max(1, len(names) / 2))
     height = 0.8 / max(1, len(names))
-    for i, (name, colour) in enumerate(zip(names, COLOURS[1:], strict=False)):
+    for i, (name, colour) in enumerate(_coloured(names, 1)):
         shares = []
         for case in kept:
             own = [row for row in found if case_of(row) == case]
@@ -105,7 +118,7 @@ def sums(result: Result, suite: str, path: Path) -> None:
     axes.axvline(1, color=COLOURS[0], linewidth=2, label="ours")
     axes.set_yticks(
         [j + 0.4 - height / 2 for j in range(len(kept))],
-        [f"{model} {policy}\n{images} images, {dtype}" for model, policy, images, dtype in kept],
+        [_case_label(case) for case in kept],
         fontsize=7,
     )
     axes.invert_yaxis()
@@ -119,16 +132,14 @@ def sums(result: Result, suite: str, path: Path) -> None:
 
 def modules(result: Result, path: Path) -> None:
     """The attention module of a whole generation against stock's, as bars."""
-    totals = module_totals(result)[:9]
+    totals = module_totals(result)
     figure, axes = new_figure(8, 1.4 + 0.5 * len(totals))
     for i, (name, colour) in enumerate((("stock_us", COLOURS[1]), ("ours_us", COLOURS[0]))):
         axes.barh(
             [j + 0.4 * i for j in range(len(totals))], [one[name] / one["stock_us"] for one in totals], 0.4,
             color=colour, label=name.removesuffix("_us"),
         )  # fmt: skip
-    labels = [f"{model} {policy}\n{images} images, {dtype}" for model, policy, images, dtype in
-              (one["case"] for one in totals)]  # fmt: skip
-    axes.set_yticks([j + 0.2 for j in range(len(totals))], labels, fontsize=7)
+    axes.set_yticks([j + 0.2 for j in range(len(totals))], [_case_label(one["case"]) for one in totals], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("time over the stock module's")
     axes.set_title("Norm, RoPE, cache and attention of a whole generation", fontsize=10)
@@ -144,7 +155,7 @@ def memory(result: Result, model: str, path: Path) -> None:
     figure, axes = new_figure(8, 4.5)
     steps = range(1, len(found[0]["sizes"]) + 1)
     axes.step(steps, found[0]["stock_live_mib"], where="mid", color="black", linestyle="--", label="stock")
-    for row, colour in zip(found, COLOURS, strict=False):
+    for row, colour in _coloured(found):
         axes.step(steps, row["live_mib"], where="mid", color=colour, label=row["policy"])
     axes.set_xticks(list(steps), [f"{h}×{w}" for h, w in found[0]["sizes"]], fontsize=8)
     axes.set_xlabel("step: the map being drawn")
@@ -160,7 +171,7 @@ def batches(result: Result, model: str, path: Path) -> None:
     """Images per second over the batch, until memory runs out."""
     found = [row for row in rows(result, "image", model=model) if row["how"] == "eager"]
     figure, axes = new_figure(8, 4.5)
-    for name, colour in zip(dict.fromkeys(row["cache"] for row in found), COLOURS, strict=False):
+    for name, colour in _coloured(dict.fromkeys(row["cache"] for row in found)):
         own = sorted((row["images"], row["images_s"]) for row in found if row["cache"] == name)
         axes.plot([x for x, _ in own], [y for _, y in own], marker="o", color=colour, label=name)
         limit = [row["images"] for row in rows(result, "capacity", model=model, cache=name) if row["cap_gb"] is None]

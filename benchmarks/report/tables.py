@@ -7,9 +7,11 @@ from typing import Any
 
 from tabulate import tabulate
 
+from amskv_kernels.planning.memory import counted
 from benchmarks.harness import machine
 from benchmarks.harness.peers import OURS
 from benchmarks.harness.results import Row, rows
+from benchmarks.suites.plans import memory_of
 
 Result = dict[str, Any]
 CaseName = tuple[str, str, int, str]  # model, policy, images, dtype
@@ -165,19 +167,22 @@ def capacity(result: Result, style: str) -> str:
 
 
 def plans(found: Sequence[Row], style: str) -> str:
-    """Planned memory."""
-    lines = [
-        (
-            row["model"], row["policy"], f"{row['retained_tokens_per_layer']:.1f} of {row['total_tokens']}",
-            f"{row['stock_mib']:,.1f}", f"{row['retained_mib']:,.1f}", f"{row['allocated_mib']:,.1f}",
-            f"{row['saved_of_all']:.1%}", f"{row['saved_of_prefix']:.1%}", f"{row['saved_bytes']:.1%}",
-            row["page_size"], f"{row['plan_ms']:.1f}",
-        )
-        for row in found
-    ]  # fmt: skip
+    """Planned memory, worked out anew; the planner's time is the row's."""
+    lines = []
+    for row in found:
+        own: Row = memory_of(row["model"], row["policy"])
+        lines.append(
+            (
+                own["model"], own["policy"], f"{own['needed_mib']:,.1f}", f"{own['stock_mib']:,.1f}",
+                f"{own['saved']:.1%}", f"{own['allocated_mib']:,.1f}", f"{own['in_flight_mib']:,.1f}",
+                f"{own['retained_mib']:,.1f}", f"{own['retained_tokens_per_layer']:.1f} of {own['total_tokens']}",
+                f"{own['kept_of_all']:.1%}", f"{own['saved_of_all']:.1%}", f"{own['saved_of_prefix']:.1%}",
+                own["page_size"], f"{row['plan_ms']:.1f}",
+            )
+        )  # fmt: skip
     headers = (
-        "model", "policy", "tokens / layer", "stock MiB", "retained MiB", "allocated MiB", "tokens saved, of all",
-        "of prefix", "bytes saved", "page", "plan ms",
+        "model", "policy", "needed MiB", "stock MiB", "saved", "pool", "in flight", "retained", "tokens / layer",
+        "kept of all", "saved of all", "of prefix", "page", "plan ms",
     )  # fmt: skip
     return table(lines, headers, style, 2)
 
@@ -264,7 +269,7 @@ def show(results: Sequence[Result]) -> str:
         for row in rows(result, "roof")[:1]:
             title = f"PREDICTION for {row['gpu']}: {row['ceilings']}"
             parts += [
-                f"{title}; {row['model']} {row['policy']}, {row['images']} images",
+                f"{title}; {row['model']} {row['policy']}, {counted(row['images'], 'image')}",
                 roof_steps(row, "simple"),
                 roofs(rows(result, "roof"), "simple"),
             ]
@@ -278,4 +283,4 @@ def _last_steps(result: Result, suite: str) -> str:
     found = rows(result, suite)
     case = case_of(found[0])
     own = [row for row in found if case_of(row) == case]
-    return f"{suite}: {case[0]} {case[1]}, {case[2]} images, {case[3]}\n\n{steps(own, 'simple')}"
+    return f"{suite}: {case[0]} {case[1]}, {counted(case[2], 'image')}, {case[3]}\n\n{steps(own, 'simple')}"

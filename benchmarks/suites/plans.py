@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 
@@ -37,6 +38,16 @@ def tasks(context: Context) -> Iterator[Task]:
                 return plan_row(model, policy, repetitions)
 
             yield Task(f"plan/{model}/{policy}", 0.2, make)
+
+
+@cache
+def memory_of(model: str, policy: str) -> dict[str, object]:
+    """What one image with guidance takes in bf16 pages: exact arithmetic, so it is worked out wherever it is shown."""
+    shape = ModelShape.named(model)
+    plan = CachePlan.build(
+        shape.schedule, parse_policy(policy, shape.schedule, shape.layers), shape.layers, kv_heads=shape.kv_heads
+    )
+    return report(plan, shape, policy, images=1).as_dict()
 
 
 def plan_row(model: str, policy: str, repetitions: int) -> Row:

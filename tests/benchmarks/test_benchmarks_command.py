@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from amskv_kernels.planning.memory import counted
 from benchmarks.__main__ import main, plan_tasks
 from benchmarks.harness import measure
-from benchmarks.harness.results import committed, read
+from benchmarks.harness.results import committed, read, rows
 from benchmarks.harness.tasks import Context
 from benchmarks.report import plots, tables
 
@@ -36,6 +37,23 @@ def test_quick_run_end_to_end(tmp_path, monkeypatch, capsys):
     drawn = plots.draw([result], tmp_path / "images")
     assert {path.name for path in drawn} == {"cpu-steps.png", "cpu-roofline.png", "cpu-sums.png", "cpu-module.png"}
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in drawn)
+
+
+@pytest.mark.parametrize("draw", [plots.sums, plots.modules], ids=["sums", "modules"])
+def test_every_row_is_drawn(tmp_path, monkeypatch, draw):
+    """Also of more cases than a table would show, and of more contestants than there are colours."""
+    result = next(one for one in committed() if rows(one, "cpu") and rows(one, "module"))
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    draw(*((result, "cpu") if draw is plots.sums else (result,)), tmp_path / "x.png")
+    [axes] = figures[0].axes
+    found = rows(result, "cpu" if draw is plots.sums else "module")
+    labels = [text.get_text() for text in axes.get_yticklabels()]
+    assert labels == [f"{case[0]} {case[1]}\n{counted(case[2], 'image')}, {case[3]}" for case in tables.cases(found)]
+    assert len(labels) > 9
+    assert all(len(bars) == len(labels) for bars in axes.containers)
+    names = [f"contestant {i}" for i in range(20)]
+    assert [name for name, _ in plots._coloured(names)] == names
 
 
 def test_a_killed_run_leaves_a_valid_file(tmp_path):

@@ -268,8 +268,8 @@ def test_numpy_integers_count():
 def test_a_plan_prints_as_one_line_of_facts():
     plan = CachePlan.build(ScaleSchedule.named("var-256"), Full(), 2, 32)
     assert repr(plan) == (
-        f"CachePlan(var-256: 10 steps, 2 layers, {plan.pages} pages of 32 rows, 848 tokens retained, "
-        f"{plan.peak_tokens} at peak)"
+        f"CachePlan(var-256: 10 steps, 2 layers, {plan.pages} pages of 32 rows, {32 * plan.pages + 256} tokens needed, "
+        f"848 retained)"
     )
 
 
