@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-smoke shootout readme kernel-report gpu-test gpu-pack gpu-session tune native native-report wheel sdist-check compatibility clean
+.PHONY: help demo test lint format fuzz bench bench-smoke shootout readme kernel-report gpu-test gpu-pack gpu-session tune native native-report wheel sdist-check compatibility clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ lint: $(VENV)/ready  ## ruff and mypy
 format: $(VENV)/ready  ## let ruff format and fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+fuzz: $(VENV)/ready  ## 100,000 random calls per backend of the CPU, 10,000 random plans; goes on where it stopped (hours)
+	$(BIN)/python -W ignore -m tools.fuzz --calls 100000 --plans 10000 --out tools/reports/fuzz.json
 
 bench: $(VENV)/ready  ## every benchmark this machine can run: result, tables, plots (5 to 10 minutes)
 	$(BIN)/python -m benchmarks

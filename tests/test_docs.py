@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.report import readme
 
@@ -29,6 +30,22 @@ def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (path.parent / target).exists(), target
+
+
+def test_the_worked_call_runs():
+    page = (ROOT / "docs/op.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(compile(block, "docs/op.md", "exec"), {})
+
+
+def test_the_ops_page_has_every_argument():
+    from amskv_kernels import ops
+
+    page = (ROOT / "docs/op.md").read_text(encoding="utf-8")
+    for name in ops.SCHEMAS:
+        arguments = [argument.name for argument in getattr(torch.ops.amskv, name).default._schema.arguments]
+        signature = re.search(rf"^    {name}\((.*)\) -> ", page, re.M)
+        assert [part.split("=")[0].strip() for part in signature[1].split(",")] == arguments
 
 
 def test_make_help_lists_every_target():

@@ -26,6 +26,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 DEMO = ROOT / "examples" / "digits" / "results" / "demo.json"
 EVALUATION = ROOT / "examples" / "digits" / "results" / "evaluation.json"
 NATIVE_REPORT = ROOT / "tools" / "reports" / "native-report.json"
+FUZZ = ROOT / "tools" / "reports" / "fuzz.json"
 SHOOTOUT = ROOT / "examples" / "digits" / "results" / "shootout.json"
 HEADLINE = (("var-d30", "full"), ("var-d30", "ams-kv:75"), ("var-d30", "ams-kv:84.83"), ("var-d36", "ams-kv:75"),
             ("infinity-2b", "ams-kv:75"), ("infinity-8b", "ams-kv:75"))  # fmt: skip
@@ -188,10 +189,21 @@ def _shootout() -> str:
     )
 
 
+def _fuzz() -> str:
+    if not FUZZ.exists():
+        return "*Not run yet: no result is committed.*"
+    result = json.loads(FUZZ.read_text(encoding="utf-8"))
+    lines = [f"| {name} | {row['done']:,} | {len(row['wrong'])} |" for name, row in result["found"].items()]
+    table = "\n".join(["| backend | drawn | wrong |", "|---|---|---|", *lines])
+    where = f"torch {result['torch']}, {result['machine']}, seed {result['seed']}"
+    return f"{table}\n\nVersion {result['version']}, {where} (`tools/reports/fuzz.json`)."
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "api": _api,
     "shootout": _shootout,
     "digits": _digits,
+    "fuzz": _fuzz,
     "digits-evaluation": _evaluation,
     "lossless": _lossless,
     "plans": lambda: _planned(HEADLINE),

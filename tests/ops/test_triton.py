@@ -257,6 +257,13 @@ def test_empty_calls(forced, shape):
 
 
 @interpreted
+def test_random_calls(forced):
+    from tools.fuzz.__main__ import STRIDE, judge_call
+
+    assert not {i: found for i in range(40) if (found := judge_call(78 * STRIDE + i))}
+
+
+@interpreted
 def test_auto_keeps_the_cpu_off_the_interpreter():
     assert ops.choose("attn", "cpu").backend == "torch"
 

@@ -1,0 +1,1 @@
+"""Random calls and plans against the slow truth: `python -m tools.fuzz`, in short `make fuzz`."""
