@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from amskv_kernels.arguments import instance_of
+from amskv_kernels.arguments import instance_of, shown
 from amskv_kernels.policies.base import Policy
 from amskv_kernels.policies.budgets import Share, Tokens
 from amskv_kernels.policies.calibration import Calibration
@@ -142,8 +142,10 @@ def _percent(name: str, text: str) -> float:
 
 
 def _count(name: str, least: int, text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) < least:
-        raise ValueError(f"{name} is {text!r}; it must be a whole number ≥ {least}")
+    if not re.fullmatch(r"[0-9]+", text) or (len(text) <= 10 and int(text) < least):
+        raise ValueError(f"{name} is {shown(text)}; it must be a whole number ≥ {least}")
+    if len(text) > 10:  # Python reads no more than 4300
+        raise ValueError(f"{name} is {shown(text)}; it must have at most 10 digits")
     return int(text)
 
 

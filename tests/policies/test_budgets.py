@@ -114,7 +114,8 @@ def test_a_budget_stands_before_further_arguments_and_a_file(tmp_path):
         ("h2o@saved=-5%", "saved is '-5%'; it must be a percentage with its sign"),
         ("h2o@tokens=0", "tokens is '0'; it must be a whole number ≥ 1"),
         ("h2o@tokens=12%", "tokens is '12%'; it must be a whole number ≥ 1"),
-        ("h2o@tokens=" + "9" * 5000, "tokens is '99"),
+        ("h2o@tokens=9999999999", "count is 9999999999; it must be at most 2147483647"),
+        ("sliding:12345678901", "LOCAL is '12345678901'; it must have at most 10 digits"),
         ("h2o:10@kept=25%", "the budget is given twice, after the colon and after @"),
         ("h2o@kept=25%,4", "the number of arguments is 2; it must be 1"),
         ("h2o@kept=25%,", "an argument is empty"),
@@ -130,6 +131,11 @@ def test_a_malformed_budget_is_named(text, message):
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         parse_policy(text, VAR_256, 4)
     assert str(caught.value).startswith(f"policy {text[:200]!r}"[:200])
+
+
+def test_a_long_policy_is_quoted_in_part():
+    with pytest.raises(ValueError, match=r"^policy 'h2o@tokens=9{189}…': tokens is '999.*'; it must have at most 10"):
+        parse_policy("h2o@tokens=" + "9" * 5000, VAR_256, 4)
 
 
 @pytest.mark.parametrize(
