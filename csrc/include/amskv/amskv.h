@@ -19,7 +19,7 @@ using Stream = CUstream_st*;
 
 inline constexpr int kRowsBits = 8;  // low bits of a slot: filled rows of the page, at most 128
 
-enum class DType : int32_t { kFloat16, kBFloat16 };
+enum class DType : int32_t { kFloat16, kBFloat16, kFloat32 };
 
 // A CUDA error code; 0 is success. A launcher that refuses its arguments returns kInvalid and launches nothing.
 using Error = int;

@@ -1,0 +1,195 @@
+// Attention of one task: tiles of query rows against the history in its pages and the current scale.
+#pragma once
+
+#include "cpu/elements.h"
+#include "cpu/kernels.h"
+#include "cpu/tile.h"
+
+namespace amskv::cpu {
+namespace {
+
+// Turn kLanes rows of as many elements, each scaled, into columns: to[i][j] = scale · from[j][i], rows of `to` kTile apart.
+template <typename T>
+void transpose(const T* const* from, int first, float scale, float* to) {
+    Vec x[kLanes], y[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) x[i] = from[i] ? load(from[i] + first) * scale : Vec{};
+#pragma GCC unroll 4
+    for (int step = 1; step < kLanes; step *= 2) {  // a perfect shuffle of rows and lanes each time
+#pragma GCC unroll 8
+        for (int i = 0; i < kLanes / 2; ++i) {
+            y[2 * i] = interleave_low(x[i], x[i + kLanes / 2]);
+            y[2 * i + 1] = interleave_high(x[i], x[i + kLanes / 2]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) x[i] = y[i];
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) store(to + i * kTile, x[i]);
+}
+
+// Where query row `row` of KV head `head` stands: rows run through the tokens of each of the group's heads.
+inline int64_t query_offset(const AttnParams& p, int batch, int head, int row) {
+    const int group = p.heads / p.kv_heads;
+    return batch * p.q.batch_stride + row % p.tokens * p.q.token_stride +
+           (head * group + row / p.tokens) * p.q.head_stride;
+}
+
+template <typename T>
+void begin_tile(const AttnParams& p, int batch, int head, int first, int rows, Tile& tile) {
+    constexpr double kLog2E = 1.4426950408889634;
+    const float scale = static_cast<float>(p.softmax_scale * kLog2E);
+    tile.rows = rows, tile.vectors = (rows + kLanes - 1) / kLanes;
+    for (int j = 0; j < tile.vectors; ++j) {
+        const T* from[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+            const int row = j * kLanes + i;
+            from[i] = row < rows ? static_cast<const T*>(p.q.data) + query_offset(p, batch, head, first + row) : nullptr;
+        }
+        for (int d = 0; d < p.head_dim; d += kLanes) transpose(from, d, scale, tile.q + d * kTile + j * kLanes);
+        store(tile.largest + j * kLanes, broadcast(-kInfinity));
+        store(tile.total + j * kLanes, Vec{});
+    }
+    for (int i = 0; i < rows * p.head_dim; i += kLanes) store(tile.out + i, Vec{});
+}
+
+// Walks the keys of one sequence and head, the rows that the slots name and then the current scale, a block at a time
+// and one block ahead, so that the rows to come can be fetched early.
+template <typename T>
+class Keys {
+public:
+    Keys(const AttnParams& p, int batch, int head) : p_(p) {
+        slots_ = p.read.data + batch * p.read.batch_stride + head * p.read.head_stride;
+        arena_ = p.pool.arena[batch * p.kv_heads + head];
+        k_ = static_cast<const T*>(p.k.data) + batch * p.k.batch_stride + head * p.k.head_stride;
+        v_ = static_cast<const T*>(p.v.data) + batch * p.v.batch_stride + head * p.v.head_stride;
+        list();
+    }
+
+    // Makes the next block the current one, as pointers in `scratch`; how many rows it has, 0 at the end. fp32 rows of a
+    // page are read where they lie; those of the current scale are far apart and read many times.
+    int next(Scratch& scratch) {
+        const int count = count_;
+        const int in_place = sizeof(T) == sizeof(float) ? paged_ : 0;
+        for (int i = 0; i < in_place; ++i) {
+            scratch.keys[i] = reinterpret_cast<const float*>(keys_[i]);
+            scratch.values[i] = reinterpret_cast<const float*>(values_[i]);
+        }
+        for (int i = in_place; i < count; ++i) {
+            scratch.keys[i] = copy(keys_[i], scratch.key_copies + i * p_.head_dim);
+            scratch.values[i] = copy(values_[i], scratch.value_copies + i * p_.head_dim);
+        }
+        for (int i = 0; count > 0 && i < kPastEnd; ++i) scratch.keys[count + i] = scratch.keys[count - 1];
+        list();
+        return count;
+    }
+
+    // Fetches rows of the block after the current one: those from `part` to `end`, in units of 1/parts.
+    void fetch_ahead(int part, int end, int parts) const {
+        constexpr int kLine = 64 / sizeof(T);
+        for (int i = count_ * part / parts; i < count_ * end / parts; ++i) {
+            for (int d = 0; d < p_.head_dim; d += kLine) {
+                __builtin_prefetch(keys_[i] + d, 0, 2);
+                __builtin_prefetch(values_[i] + d, 0, 2);
+            }
+        }
+    }
+
+private:
+    void list() {
+        count_ = 0;
+        for (; count_ < kBlock && slot_ < p_.read.count; ++slot_, row_ = 0) {
+            const int rows = slots_[slot_] & ((1 << kRowsBits) - 1);
+            const int64_t page = arena_ + (slots_[slot_] >> kRowsBits), page_elements = p_.pool.page_size * p_.head_dim;
+            const T* const k = static_cast<const T*>(p_.pool.pages) + page * 2 * page_elements;
+            for (; row_ < rows && count_ < kBlock; ++row_, ++count_) {
+                keys_[count_] = k + row_ * p_.head_dim;
+                values_[count_] = keys_[count_] + page_elements;
+            }
+            if (row_ < rows) break;
+        }
+        paged_ = count_;
+        for (; token_ < p_.tokens && count_ < kBlock; ++token_, ++count_) {
+            keys_[count_] = k_ + token_ * p_.k.token_stride;
+            values_[count_] = v_ + token_ * p_.v.token_stride;
+        }
+    }
+
+    const float* copy(const T* row, float* to) const {
+        for (int d = 0; d < p_.head_dim; d += kLanes) store(to + d, load(row + d));
+        return to;
+    }
+
+    const AttnParams& p_;
+    const int32_t* slots_;
+    int64_t arena_;
+    const T *k_, *v_;
+    int slot_ = 0, row_ = 0, token_ = 0, count_ = 0, paged_ = 0;
+    const T *keys_[kBlock], *values_[kBlock];
+};
+
+inline void add_block(const Scratch& scratch, int count, int head_dim, Tile& tile) {
+#if 0
+#endif
+    for (int row = 0; row < tile.rows; row += kRowsAtOnce) {
+        const float* const weights = scratch.scores + row;
+        float* const out = tile.out + row * head_dim;
+        if (head_dim % (4 * kLanes) == 0 && kVectorsOfValues == 4) add_values<kRowsAtOnce, kVectorsOfValues>(scratch.values, count, weights, scratch.decay + row, head_dim, out);
+        else if (kVectorsOfValues == 4) add_values<kRowsAtOnce, 3>(scratch.values, count, weights, scratch.decay + row, head_dim, out);
+        else add_values<kRowsAtOnce, 2>(scratch.values, count, weights, scratch.decay + row, head_dim, out);
+    }
+}
+
+template <typename T>
+void end_tile(const AttnParams& p, int batch, int head, int first, bool any, const Tile& tile) {
+    constexpr float kLn2 = 0.69314718f;
+    const int group = p.heads / p.kv_heads;
+    for (int i = 0; i < tile.rows; ++i) {
+        const int64_t token = (first + i) % p.tokens, query_head = head * group + (first + i) / p.tokens;
+        T* const out = static_cast<T*>(p.out) + ((batch * int64_t{p.tokens} + token) * p.heads + query_head) * p.head_dim;
+        const float inverse = any ? 1 / tile.total[i] : 0;
+        for (int d = 0; d < p.head_dim; d += kLanes) store(out + d, load(tile.out + i * p.head_dim + d) * inverse);
+        p.lse[(batch * int64_t{p.heads} + query_head) * p.tokens + token] =
+            (tile.largest[i] + __builtin_log2f(tile.total[i])) * kLn2;
+    }
+}
+
+template <typename T>
+void attn_task(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& scratch) {
+    const int part = task % cut.tasks_per_head, head = task / cut.tasks_per_head % p.kv_heads;
+    const int batch = task / cut.tasks_per_head / p.kv_heads;
+    if (part == 0) store_rows(p.k, p.v, p.pool, p.write, p, batch, head);
+    const int begin = part * cut.tiles_per_task * kTile;
+    int tiles = 0;
+    for (int row = begin; row < cut.rows && tiles < cut.tiles_per_task; row += kTile, ++tiles) {
+        const int rows = cut.rows - row < kTile ? cut.rows - row : kTile;
+        begin_tile<T>(p, batch, head, row, rows, scratch.tiles[tiles]);
+    }
+    Keys<T> keys(p, batch, head);
+    bool any = false;
+    while (const int count = keys.next(scratch)) {
+        any = true;
+        for (int i = 0; i < tiles; ++i) {
+            Tile& tile = scratch.tiles[i];
+            const auto fetch_ahead = [&](int from, int to) {
+                keys.fetch_ahead(i * kBlock + from, i * kBlock + (to < kBlock ? to : kBlock), tiles * kBlock);
+            };
+            for (int j = 0; j < tile.vectors * kLanes; j += kLanes) store(scratch.largest + j, load(tile.largest + j));
+            score_keys(scratch.keys, count, tile.q, p.head_dim, tile.vectors, scratch.scores, scratch.largest, fetch_ahead);
+            weigh_keys(scratch.scores, count, tile.vectors, scratch.largest, tile.largest, tile.total, scratch.decay);
+            add_block(scratch, count, p.head_dim, tile);
+        }
+    }
+    for (int i = 0; i < tiles; ++i) end_tile<T>(p, batch, head, begin + i * kTile, any, scratch.tiles[i]);
+}
+
+inline void attn_any(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& scratch) {
+    switch (p.dtype) {
+        case DType::kFloat32: return attn_task<float>(p, cut, task, scratch);
+        case DType::kFloat16: return attn_task<Half>(p, cut, task, scratch);
+        case DType::kBFloat16: return attn_task<BFloat16>(p, cut, task, scratch);
+    }
+}
+
+}  // namespace
+}  // namespace amskv::cpu

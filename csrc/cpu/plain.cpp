@@ -1,0 +1,7 @@
+#include "cpu/attn.h"
+
+namespace amskv::cpu {
+
+const InstructionSet kPlain{"plain", &attn_any};
+
+}  // namespace amskv::cpu
