@@ -29,11 +29,17 @@ inline std::string shape_of(const Tensor& x) {
     return text + ")";
 }
 
-inline void check_rows(const char* name, const Tensor& x, const char* layout) {
+// Whose kernels are called: the GPU's take 16-bit elements and pages aligned to 16 bytes, the CPU's fp32 and any address.
+enum class Kernel { kGpu, kCpu };
+
+inline void check_rows(const char* name, const Tensor& x, const char* layout, Kernel kernel = Kernel::kGpu) {
     if (x.dim() != 4) refuse(name, " has ", x.dim(), " dimensions; it must have 4, ", layout);
     const ScalarType type = x.scalar_type();
-    if (type != ScalarType::Half && type != ScalarType::BFloat16) {
-        refuse(name, " is ", torch::headeronly::toString(type), "; the CUDA library takes Half and BFloat16");
+    const bool fp32 = kernel == Kernel::kCpu;
+    if (type != ScalarType::Half && type != ScalarType::BFloat16 && !(fp32 && type == ScalarType::Float)) {
+        const char* const taken = fp32 ? "; the CPU kernels take Half, BFloat16 and Float"
+                                       : "; the CUDA library takes Half and BFloat16";
+        refuse(name, " is ", torch::headeronly::toString(type), taken);
     }
     const int64_t head_dim = x.size(3);
     if (head_dim != 64 && head_dim != 96 && head_dim != 128) {
@@ -71,9 +77,10 @@ inline void check_slots(const char* name, const Tensor& slots, const Tensor& k) 
 }
 
 // k, v, pages and arena.
-inline void check_current(const Tensor& k, const Tensor& v, const Tensor& pages, const Tensor& arena) {
-    check_rows("k", k, "(B, n, Hkv, D)");
-    check_rows("v", v, "(B, n, Hkv, D)");
+inline void check_current(
+    const Tensor& k, const Tensor& v, const Tensor& pages, const Tensor& arena, Kernel kernel = Kernel::kGpu) {
+    check_rows("k", k, "(B, n, Hkv, D)", kernel);
+    check_rows("v", v, "(B, n, Hkv, D)", kernel);
     if (shape_of(v) != shape_of(k)) refuse("v has shape ", shape_of(v), "; it must have that of k, ", shape_of(k));
     check_same("v", v, "k", k);
     check_same("pages", pages, "k", k);
@@ -85,7 +92,8 @@ inline void check_current(const Tensor& k, const Tensor& v, const Tensor& pages,
         refuse("pages has a page_size of ", page_size, "; it must be one of (16, 32, 64, 128)");
     }
     if (!pages.is_contiguous()) refuse("pages is not contiguous; it must be");
-    if (reinterpret_cast<uintptr_t>(pages.data_ptr()) % 16 != 0) refuse("pages must begin at a multiple of 16 bytes");
+    if (kernel == Kernel::kGpu && reinterpret_cast<uintptr_t>(pages.data_ptr()) % 16 != 0)
+        refuse("pages must begin at a multiple of 16 bytes");
     check_table("arena", arena, k);
     if (arena.dim() != 2 || arena.size(0) != k.size(0) || arena.size(1) != k.size(2)) {
         refuse("arena has shape ", shape_of(arena), "; it must be (B, Hkv) = (", k.size(0), ", ", k.size(2), ")");
@@ -94,9 +102,9 @@ inline void check_current(const Tensor& k, const Tensor& v, const Tensor& pages,
 
 inline void check_attn(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pages, const Tensor& arena,
-    const Tensor& read_slots, const Tensor& write_slots, double softmax_scale) {
-    check_rows("q", q, "(B, n, H, D)");
-    check_current(k, v, pages, arena);
+    const Tensor& read_slots, const Tensor& write_slots, double softmax_scale, Kernel kernel = Kernel::kGpu) {
+    check_rows("q", q, "(B, n, H, D)", kernel);
+    check_current(k, v, pages, arena, kernel);
     check_same("q", q, "k", k);
     if (q.size(0) != k.size(0) || q.size(1) != k.size(1) || q.size(3) != k.size(3)) {
         refuse("q has shape ", shape_of(q), "; its B, n and D must be those of k, which has shape ", shape_of(k));

@@ -10,6 +10,7 @@
 #include "build_info.h"
 #include "binding/checks.h"
 #include "binding/device_scope.h"
+#include "binding/params.h"
 #include "common/tiles.h"
 
 namespace amskv {
@@ -43,28 +44,11 @@ Device device_facts(int32_t index) {
     return *device;
 }
 
-// A stride that no index multiplies may be anything.
-int64_t stride_of(const Tensor& x, int64_t axis) { return x.size(axis) > 1 ? x.stride(axis) : 0; }
-
 // `x` itself where the kernels can load it 16 bytes at a time, else a copy.
 Tensor aligned(const Tensor& x) {
     bool fits = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
     for (int64_t axis = 0; axis < 3; ++axis) fits = fits && stride_of(x, axis) % kChunk == 0;
     return fits ? x : torch::stable::clone(x);
-}
-
-Rows rows_of(const Tensor& x) { return {x.data_ptr(), stride_of(x, 0), stride_of(x, 1), stride_of(x, 2)}; }
-
-SlotTable table_of(const Tensor& slots) {
-    return {
-        static_cast<const int32_t*>(slots.data_ptr()), stride_of(slots, 0), stride_of(slots, 1),
-        static_cast<int32_t>(slots.size(2))};
-}
-
-Pool pool_of(const Tensor& pages, const Tensor& arena) {
-    return {
-        pages.data_ptr(), static_cast<const int32_t*>(arena.data_ptr()), static_cast<int32_t>(pages.size(2)),
-        static_cast<int32_t>(pages.size(0))};
 }
 
 std::tuple<Tensor, Tensor> attn_with(

@@ -1,8 +1,7 @@
 // Attention of one task: tiles of query rows against the history in its pages and the current scale.
 #pragma once
 
-#include "cpu/elements.h"
-#include "cpu/kernels.h"
+#include "cpu/cpu.h"
 #include "cpu/tile.h"
 
 namespace amskv::cpu {
@@ -18,8 +17,8 @@ void transpose(const T* const* from, int first, float scale, float* to) {
     for (int step = 1; step < kLanes; step *= 2) {  // a perfect shuffle of rows and lanes each time
 #pragma GCC unroll 8
         for (int i = 0; i < kLanes / 2; ++i) {
-            y[2 * i] = interleave_low(x[i], x[i + kLanes / 2]);
-            y[2 * i + 1] = interleave_high(x[i], x[i + kLanes / 2]);
+            y[2 * i] = interleave(x[i], x[i + kLanes / 2], false);
+            y[2 * i + 1] = interleave(x[i], x[i + kLanes / 2], true);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) x[i] = y[i];
@@ -128,18 +127,6 @@ private:
     const T *keys_[kBlock], *values_[kBlock];
 };
 
-inline void add_block(const Scratch& scratch, int count, int head_dim, Tile& tile) {
-#if 0
-#endif
-    for (int row = 0; row < tile.rows; row += kRowsAtOnce) {
-        const float* const weights = scratch.scores + row;
-        float* const out = tile.out + row * head_dim;
-        if (head_dim % (4 * kLanes) == 0 && kVectorsOfValues == 4) add_values<kRowsAtOnce, kVectorsOfValues>(scratch.values, count, weights, scratch.decay + row, head_dim, out);
-        else if (kVectorsOfValues == 4) add_values<kRowsAtOnce, 3>(scratch.values, count, weights, scratch.decay + row, head_dim, out);
-        else add_values<kRowsAtOnce, 2>(scratch.values, count, weights, scratch.decay + row, head_dim, out);
-    }
-}
-
 template <typename T>
 void end_tile(const AttnParams& p, int batch, int head, int first, bool any, const Tile& tile) {
     constexpr float kLn2 = 0.69314718f;
@@ -158,7 +145,10 @@ template <typename T>
 void attn_task(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& scratch) {
     const int part = task % cut.tasks_per_head, head = task / cut.tasks_per_head % p.kv_heads;
     const int batch = task / cut.tasks_per_head / p.kv_heads;
-    if (part == 0) store_rows(p.k, p.v, p.pool, p.write, p, batch, head);
+    if (part == 0) {
+        const AppendParams append{p.k, p.v, p.pool, p.write, p.batch, p.tokens, p.kv_heads, p.head_dim, p.dtype};
+        store_rows(append, batch, head);
+    }
     const int begin = part * cut.tiles_per_task * kTile;
     int tiles = 0;
     for (int row = begin; row < cut.rows && tiles < cut.tiles_per_task; row += kTile, ++tiles) {
@@ -177,7 +167,7 @@ void attn_task(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& s
             for (int j = 0; j < tile.vectors * kLanes; j += kLanes) store(scratch.largest + j, load(tile.largest + j));
             score_keys(scratch.keys, count, tile.q, p.head_dim, tile.vectors, scratch.scores, scratch.largest, fetch_ahead);
             weigh_keys(scratch.scores, count, tile.vectors, scratch.largest, tile.largest, tile.total, scratch.decay);
-            add_block(scratch, count, p.head_dim, tile);
+            add_values(scratch.values, count, scratch.scores, scratch.decay, tile.rows, p.head_dim, tile.out);
         }
     }
     for (int i = 0; i < tiles; ++i) end_tile<T>(p, batch, head, begin + i * kTile, any, scratch.tiles[i]);

@@ -1,7 +1,8 @@
 #include "cpu/attn.h"
+#include "cpu/prepare_qk.h"
 
 namespace amskv::cpu {
 
-const InstructionSet kAvx2{"avx2", &attn_any};
+const InstructionSet kAvx2{"avx2", &attn_any, &prepare_any};
 
 }  // namespace amskv::cpu

@@ -4,22 +4,17 @@
 // pointer to its row of K, which is read where it lies, element by element, and never transposed.
 #pragma once
 
-#include "cpu/kernels.h"
+#include "cpu/cpu.h"
 #include "cpu/vector.h"
 
 namespace amskv::cpu {
 namespace {
 
-inline constexpr int kStrip = kLanes == 16 ? 4 : 2;  // vectors of query rows that score_keys takes at a time
-inline constexpr int kRowsAtOnce = kLanes == 8 ? 4 : 6;
-inline constexpr int kVectorsOfValues = kLanes == 16 ? 4 : 2;
-inline constexpr float kInfinity = __builtin_inff();
-
-// Keys that a pass over a strip of so many vectors takes at a time: what fits the registers beside the strip itself.
-constexpr int keys_at_once(int vectors) {
-    if (kLanes != 16) return vectors == 2 ? 6 : 8;
-    return vectors == 4 ? 6 : 8;
-}
+// Tiles of vectors that keep the multipliers busy within the registers: 32 of them with AVX-512 and NEON, else 16.
+inline constexpr int kStrip = kLanes == 16 ? 4 : 2;  // vectors of query rows that score_strip takes
+constexpr int keys_at_once(int strip) { return strip > (kLanes == 16 ? 3 : 1) ? 6 : 8; }
+inline constexpr int kRowsAtOnce = kLanes == 8 ? 4 : 6;  // query rows that add_values takes, by so many vectors of V
+inline constexpr int kValueVectors = kLanes == 16 ? 4 : 2;
 
 // Scores of a block: scores[key][row] = Σ keys[key][d] · q[d][row], for kVectors vectors of rows; `largest` grows with
 // them. Past `count` the last key stands again, up to a multiple of what is taken at a time.
@@ -94,9 +89,10 @@ inline void weigh_keys(
 }
 
 // out[row][d] = decay[row] · out[row][d] + Σ weights[key][row] · values[key][d].
-template <int kRows, int kVectors>
-void add_values(
+template <int kVectors>
+void add_rows(
     const float* const* values, int count, const float* weights, const float* decay, int head_dim, float* out) {
+    constexpr int kRows = kRowsAtOnce;
     for (int d = 0; d < head_dim; d += kVectors * kLanes) {
         Vec sum[kRows][kVectors];
 #pragma GCC unroll 8
@@ -120,6 +116,15 @@ void add_values(
 #pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j) store(out + i * head_dim + d + j * kLanes, sum[i][j]);
         }
+    }
+}
+
+// All rows of a tile; up to kPastEnd rows more are computed and mean nothing.
+inline void add_values(
+    const float* const* values, int count, const float* weights, const float* decay, int rows, int head_dim, float* out) {
+    for (int row = 0; row < rows; row += kRowsAtOnce) {
+        const auto add = head_dim % (kValueVectors * kLanes) == 0 ? add_rows<kValueVectors> : add_rows<3>;
+        add(values, count, weights + row, decay + row, head_dim, out + row * head_dim);
     }
 }
 

@@ -1,5 +1,8 @@
-// Vectors of fp32 as wide as the instruction set this file is compiled for, in the compiler's own vector types: g++ and
-// clang have them without a header, and nothing here is shared between files compiled for different sets.
+// Vectors of fp32 as wide as the instruction set that this file is compiled for.
+//
+// They are the compiler's own vector types, which g++ and clang have without a header or a library, on every machine:
+// libraries of vectors are templates, whose instances a linker would merge across files compiled for different sets.
+// So nothing here, nor in what includes it, may leave its file; no header of the standard library with code comes in.
 #pragma once
 
 #include <cstdint>
@@ -9,52 +12,88 @@ namespace {
 
 #if defined(__AVX512F__)
 inline constexpr int kVectorBytes = 64;
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
 inline constexpr int kVectorBytes = 32;
 #else
 inline constexpr int kVectorBytes = 16;  // SSE2, NEON
 #endif
 inline constexpr int kLanes = kVectorBytes / 4;
+inline constexpr float kInfinity = __builtin_inff();
 
 typedef float Vec __attribute__((vector_size(kVectorBytes), may_alias));
-typedef int32_t Ints __attribute__((vector_size(kVectorBytes), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(kVectorBytes), may_alias));
 typedef float VecAnywhere __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+typedef uint16_t HalvesAnywhere __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
 
-inline Vec load(const float* from) { return *reinterpret_cast<const VecAnywhere*>(from); }
-inline void store(float* to, Vec x) { *reinterpret_cast<VecAnywhere*>(to) = x; }
+inline Bits bits_of(Vec x) { return reinterpret_cast<Bits>(x); }
+inline Vec from_bits(Bits x) { return reinterpret_cast<Vec>(x); }
 inline Vec broadcast(float x) { return x - Vec{}; }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN
 
-// a0 b0 a1 b1 … of the lower or upper halves.
+inline Vec load(const float* from) { return *reinterpret_cast<const VecAnywhere*>(from); }
+inline void store(float* to, Vec x) { *reinterpret_cast<VecAnywhere*>(to) = x; }
+
+// Elements of 16 bits, in integer arithmetic that every instruction set has.
+struct Half {
+    uint16_t bits;
+};
+struct BFloat16 {
+    uint16_t bits;
+};
+
+inline Bits widen(const void* from) { return __builtin_convertvector(*static_cast<const HalvesAnywhere*>(from), Bits); }
+inline void narrow(void* to, Bits x) { *static_cast<HalvesAnywhere*>(to) = __builtin_convertvector(x, HalvesAnywhere); }
+
+inline Vec load(const BFloat16* from) { return from_bits(widen(from) << 16); }
+
+inline Vec load(const Half* from) {
+    constexpr float kRebias = 0x1p112f;  // from fp16's exponent bias, 15, to fp32's, 127
+    const Bits x = widen(from), magnitude = (x & 0x7fff) << 13;
+    const Bits finite = bits_of(from_bits(magnitude) * kRebias);
+    return from_bits(((x & 0x8000) << 16) | (magnitude >= (0x7c00u << 13) ? magnitude | 0x7f800000 : finite));
+}
+
+// Stores round to nearest, ties to even.
+inline void store(BFloat16* to, Vec x) {
+    const Bits bits = bits_of(x);
+    narrow(to, x != x ? Bits{} + 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline void store(Half* to, Vec x) {
+    constexpr uint32_t kInfinite = 0x7c00, kNormal = (127 - 14) << 23;  // fp16's infinity; its smallest normal as fp32
+    const Bits sign = (bits_of(x) >> 16) & 0x8000, bits = bits_of(x) & 0x7fffffff;
+    const Bits normal = (bits - (112 << 23) + 0xfff + ((bits >> 13) & 1)) >> 13;
+    const Bits subnormal = bits_of(from_bits(bits) + 0.5f) - bits_of(Vec{} + 0.5f);  // ½'s last place is 2⁻²⁴
+    const Bits rounded = bits < kNormal ? subnormal : normal;
+    const Bits bounded = rounded < kInfinite ? rounded : Bits{} + kInfinite;
+    narrow(to, sign | (x != x ? Bits{} + 0x7e00 : bounded));
+}
+
+// a0 b0 a1 b1 … of the lower halves of a and b, or of the upper ones.
+inline Vec interleave(Vec a, Vec b, bool upper) {
+    Bits lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = (i + (upper ? kLanes : 0)) / 2 + i % 2 * kLanes;
 #ifdef __clang__
-template <int... kLane>
-Vec interleave(Vec a, Vec b, int first, Lanes<kLane...>);
+    Vec mixed;
+    for (int i = 0; i < kLanes; ++i) mixed[i] = i % 2 ? b[lane[i] - kLanes] : a[lane[i]];
+    return mixed;
 #else
-inline Vec interleave_low(Vec a, Vec b) {
-    Ints lanes;
-    for (int i = 0; i < kLanes; ++i) lanes[i] = i / 2 + i % 2 * kLanes;
-    return __builtin_shuffle(a, b, lanes);
-}
-inline Vec interleave_high(Vec a, Vec b) {
-    Ints lanes;
-    for (int i = 0; i < kLanes; ++i) lanes[i] = (i + kLanes) / 2 + i % 2 * kLanes;
-    return __builtin_shuffle(a, b, lanes);
-}
+    return __builtin_shuffle(a, b, lane);
 #endif
+}
 
 // 2 to the power of x ≤ 0, within 2 units in the last place; 0 below −126.5, NaN for NaN.
 inline Vec exp2(Vec x) {
     constexpr float kRound = 12582912 + 127;  // 1.5 · 2²³: adding it leaves the nearest whole number, plus fp32's bias
     x = larger(broadcast(-127), x);
     const Vec shifted = x + kRound;
-    const Vec f = x - (shifted - kRound);  // −½ … ½
+    const Vec f = x - (shifted - kRound);  // −½ … ½; below, the minimax polynomial of 2ᶠ there
     Vec y = f * 1.32647e-3f + 9.67151e-3f;
     y = f * y + 5.550734e-2f;
     y = f * y + 2.4022242e-1f;
     y = f * y + 6.9314698e-1f;
     y = f * y + 1.0f;
-    return y * reinterpret_cast<Vec>(reinterpret_cast<Ints>(shifted) << 23);
+    return y * from_bits(bits_of(shifted) << 23);
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ using Stream = CUstream_st*;
 
 inline constexpr int kRowsBits = 8;  // low bits of a slot: filled rows of the page, at most 128
 
-enum class DType : int32_t { kFloat16, kBFloat16, kFloat32 };
+enum class DType : int32_t { kFloat16, kBFloat16, kFloat32 };  // kFloat32: the CPU kernels alone (cpu/cpu.h)
 
 // A CUDA error code; 0 is success. A launcher that refuses its arguments returns kInvalid and launches nothing.
 using Error = int;
@@ -65,6 +65,7 @@ struct AppendParams {
     Pool pool;
     SlotTable write;
     int32_t batch, tokens, kv_heads, head_dim;
+    DType dtype;  // the GPU kernels move 16-bit elements of either kind
 };
 
 // What the launch plan needs to know of a GPU, and whether it can run these kernels at all.

@@ -1,0 +1,193 @@
+// The CPU kernels behind the dispatcher, on torch's own threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <optional>
+#include <tuple>
+
+#include "binding/checks.h"
+#include "binding/params.h"
+#include "binding/tables.h"
+#include "cpu/cpu.h"
+
+namespace amskv::cpu {
+namespace {
+
+constexpr int64_t kSmallWork = 1 << 15;  // elements below which waking other threads costs more than it gains
+
+// The one of that name; the best that this machine has where the name is empty.
+const InstructionSet& instruction_set_of(const std::string& name) {
+    const InstructionSet* best = nullptr;
+    for (int rank = 0; const InstructionSet* set = instruction_set(rank); ++rank) {
+        best = set;
+        if (name == set->name) break;
+    }
+    if (!name.empty() && name != best->name) refuse("instruction_set is ", name, "; this machine does not have it");
+    return *best;
+}
+
+DType dtype_of(const Tensor& x) {
+    switch (x.scalar_type()) {
+        case ScalarType::Float: return DType::kFloat32;
+        case ScalarType::Half: return DType::kFloat16;
+        default: return DType::kBFloat16;
+    }
+}
+
+void check_on_cpu(const char* name, const Tensor& x) {
+    if (!x.is_cpu()) refuse(name, " is not on the CPU; the CPU kernels serve no other device");
+}
+
+// Rows in a pool that the same call writes may be overwritten before they are read.
+void check_apart(const char* name, const Tensor& x, const Tensor& pages) {
+    const int64_t size = static_cast<int64_t>(x.element_size());
+    int64_t last = 0;
+    for (int64_t axis = 0; axis < x.dim(); ++axis) last += (x.size(axis) - 1) * x.stride(axis);
+    const auto first = reinterpret_cast<uintptr_t>(x.data_ptr()), start = reinterpret_cast<uintptr_t>(pages.data_ptr());
+    if (x.numel() > 0 && first < start + pages.numel() * size && first + (last + 1) * size > start)
+        refuse(name, " shares memory with pages, which this call writes; it must be a tensor of its own");
+}
+
+Scratch& scratch_of_thread() {
+    thread_local const std::unique_ptr<Scratch> scratch(new Scratch{});
+    return *scratch;
+}
+
+// Runs the tasks on torch's threads, each taking the next one left. `work` tells whether that is worth waking them.
+template <typename Run>
+void for_each_task(int64_t tasks, int64_t work, const Run& run) {
+    const int64_t threads = work < kSmallWork ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+    std::atomic<int64_t> next{0};
+    const auto take = [&](int64_t, int64_t) {
+        for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) run(task);
+    };
+    if (threads <= 1) return take(0, 1);
+    torch::stable::parallel_for(0, threads, 1, take);
+}
+
+AttnParams params_of(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pages, const Tensor& arena,
+    const Tensor& read_slots, const Tensor& write_slots, double softmax_scale) {
+    AttnParams p{};
+    p.q = rows_of(q), p.k = rows_of(k), p.v = rows_of(v);
+    p.pool = pool_of(pages, arena);
+    p.read = table_of(read_slots), p.write = table_of(write_slots);
+    p.softmax_scale = static_cast<float>(softmax_scale);
+    p.batch = q.size(0), p.tokens = q.size(1), p.heads = q.size(2), p.kv_heads = k.size(2), p.head_dim = q.size(3);
+    p.dtype = dtype_of(q);
+    return p;
+}
+
+std::tuple<Tensor, Tensor> attn_cpu(
+    Tensor q, Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor read_slots, Tensor write_slots,
+    double softmax_scale, std::string instruction_set) {
+    check_on_cpu("k", k);
+    check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, Kernel::kCpu);
+    AttnParams p = params_of(q, k, v, pages, arena, read_slots, write_slots, softmax_scale);
+    check_tables(p.pool, p.read, p.write, p.batch, p.kv_heads, p.tokens);
+    if (p.write.count > 0) check_apart("q", q, pages), check_apart("k", k, pages), check_apart("v", v, pages);
+    const InstructionSet& set = instruction_set_of(instruction_set);
+    const std::array<int64_t, 4> out_shape{p.batch, p.tokens, p.heads, p.head_dim};
+    const std::array<int64_t, 3> lse_shape{p.batch, p.heads, p.tokens};
+    Tensor out = torch::stable::new_empty(q, {out_shape.data(), out_shape.size()});
+    Tensor lse = torch::stable::new_empty(q, {lse_shape.data(), lse_shape.size()}, ScalarType::Float);
+    p.out = out.data_ptr(), p.lse = static_cast<float*>(lse.data_ptr());
+    if (q.numel() == 0) return {out, lse};
+    const AttnCut cut = cut_attn(p, static_cast<int>(torch::stable::get_num_threads()));
+    const int64_t keys = p.tokens + int64_t{p.read.count} * p.pool.page_size;
+    for_each_task(cut.tasks, q.numel() * keys, [&](int64_t task) { set.attn(p, cut, task, scratch_of_thread()); });
+    return {out, lse};
+}
+
+void append_cpu(Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor write_slots) {
+    check_on_cpu("k", k);
+    check_current(k, v, pages, arena, Kernel::kCpu);
+    check_slots("write_slots", write_slots, k);
+    AppendParams p{};
+    p.k = rows_of(k), p.v = rows_of(v);
+    p.pool = pool_of(pages, arena);
+    p.write = table_of(write_slots);
+    p.batch = k.size(0), p.tokens = k.size(1), p.kv_heads = k.size(2), p.head_dim = k.size(3);
+    p.dtype = dtype_of(k);
+    check_tables(p.pool, {}, p.write, p.batch, p.kv_heads, p.tokens);
+    if (p.write.count > 0) check_apart("k", k, pages), check_apart("v", v, pages);
+    for_each_task(int64_t{p.batch} * p.kv_heads, 2 * k.numel(), [&](int64_t task) {
+        store_rows(p, static_cast<int>(task / p.kv_heads), static_cast<int>(task % p.kv_heads));
+    });
+}
+
+// One of prepare_qk's tables of fp32; null where it is not given.
+const float* floats(const char* name, const std::optional<Tensor>& x, const Tensor& qkv, int64_t rows, int64_t columns) {
+    if (!x) return nullptr;
+    if (x->scalar_type() != ScalarType::Float)
+        refuse(name, " is ", torch::headeronly::toString(x->scalar_type()), "; it must be Float");
+    if (x->device() != qkv.device()) refuse(name, " is on another device than qkv");
+    const bool matrix = columns > 0;
+    if (x->dim() != (matrix ? 2 : 1) || x->size(0) != rows || (matrix && x->size(1) != columns))
+        refuse(name, " has shape ", shape_of(*x), "; it must have ", rows, " rows", matrix ? " of head_dim / 2" : "");
+    if (!x->is_contiguous()) refuse(name, " is not contiguous; it must be");
+    return static_cast<const float*>(x->data_ptr());
+}
+
+std::tuple<Tensor, Tensor> prepare_qk_cpu(
+    Tensor qkv, int64_t kv_heads, std::optional<Tensor> q_scale, std::optional<Tensor> cos, std::optional<Tensor> sin,
+    bool l2norm, double eps, std::string instruction_set) {
+    check_on_cpu("qkv", qkv);
+    check_rows("qkv", qkv, "(B, n, H + 2·Hkv, D)", Kernel::kCpu);
+    const int64_t batch = qkv.size(0), tokens = qkv.size(1), head_dim = qkv.size(3);
+    const int64_t heads = qkv.size(2) - 2 * kv_heads;
+    if (kv_heads < 1 || heads < 1 || heads % kv_heads != 0) {
+        refuse(
+            "kv_heads is ", kv_heads, "; the ", qkv.size(2),
+            " heads of qkv must be H + 2·kv_heads with H a multiple of kv_heads");
+    }
+    if (cos.has_value() != sin.has_value()) refuse("cos and sin must be given together, or neither");
+    if (!(std::isfinite(eps) && eps >= 0)) refuse("eps is ", eps, "; it must be finite and not below 0");
+    PrepareParams p{};
+    p.qkv = rows_of(qkv);
+    p.q_scale = floats("q_scale", q_scale, qkv, heads, 0);
+    p.cos = floats("cos", cos, qkv, tokens, head_dim / 2), p.sin = floats("sin", sin, qkv, tokens, head_dim / 2);
+    p.tokens = tokens, p.heads = heads, p.kv_heads = kv_heads, p.head_dim = head_dim;
+    p.dtype = dtype_of(qkv), p.l2norm = l2norm, p.eps = static_cast<float>(eps);
+    const InstructionSet& set = instruction_set_of(instruction_set);
+    const std::array<int64_t, 4> q_shape{batch, tokens, heads, head_dim}, k_shape{batch, tokens, kv_heads, head_dim};
+    Tensor q = torch::stable::new_empty(qkv, {q_shape.data(), q_shape.size()});
+    Tensor k = torch::stable::new_empty(qkv, {k_shape.data(), k_shape.size()});
+    p.q = q.data_ptr(), p.k = k.data_ptr();
+    for_each_task(batch * tokens, qkv.numel(), [&](int64_t token) { set.prepare_qk(p, token); });
+    return {q, k};
+}
+
+// The instruction sets of this machine, best last.
+std::string cpu_info() {
+    std::string names;
+    for (int rank = 0; const InstructionSet* set = instruction_set(rank); ++rank)
+        names += (rank > 0 ? " " : "") + std::string(set->name);
+    return names;
+}
+
+}  // namespace
+}  // namespace amskv::cpu
+
+// The schemas of amskv::attn and so on under names of their own; `instruction_set` is for tests, "" the best there is.
+STABLE_TORCH_LIBRARY_FRAGMENT(amskv, m) {
+    m.def(
+        "attn_cpu(Tensor q, Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor read_slots, Tensor write_slots, "
+        "float softmax_scale, str instruction_set=\"\") -> (Tensor, Tensor)");
+    m.def("append_cpu(Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor write_slots) -> ()");
+    m.def(
+        "prepare_qk_cpu(Tensor qkv, int kv_heads, Tensor? q_scale=None, Tensor? cos=None, Tensor? sin=None, "
+        "bool l2norm=False, float eps=1e-12, str instruction_set=\"\") -> (Tensor, Tensor)");
+    m.def("cpu_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(amskv, CompositeExplicitAutograd, m) {
+    m.impl("attn_cpu", TORCH_BOX(&amskv::cpu::attn_cpu));
+    m.impl("append_cpu", TORCH_BOX(&amskv::cpu::append_cpu));
+    m.impl("prepare_qk_cpu", TORCH_BOX(&amskv::cpu::prepare_qk_cpu));
+    m.impl("cpu_info", TORCH_BOX(&amskv::cpu::cpu_info));
+}

@@ -1,0 +1,54 @@
+#include "cpu/cpu.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace amskv::cpu {
+
+AttnCut cut_attn(const AttnParams& p, int threads) {
+    AttnCut cut{};
+    cut.rows = p.heads / p.kv_heads * p.tokens;
+    const int64_t heads = int64_t{p.batch} * p.kv_heads, tiles = (cut.rows + kTile - 1) / kTile;
+    const int64_t wanted = heads * tiles / (2 * threads);  // two tasks a thread even out what each of them takes
+    cut.tiles_per_task = static_cast<int32_t>(std::clamp<int64_t>(wanted, 1, kMostTiles));
+    cut.tasks_per_head = static_cast<int32_t>((tiles + cut.tiles_per_task - 1) / cut.tiles_per_task);
+    cut.tasks = heads * cut.tasks_per_head;
+    return cut;
+}
+
+const InstructionSet* instruction_set(int rank) {
+    if (rank == 0) return &kPlain;
+#ifdef __x86_64__
+    static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (rank == 1 && avx2) return &kAvx2;
+    if (rank == 2 && avx512) return &kAvx512;
+#endif
+    return nullptr;
+}
+
+void store_rows(const AppendParams& p, int batch, int head) {
+    constexpr int32_t kRowsMask = (1 << kRowsBits) - 1;
+    const int32_t* const slots = p.write.data + batch * p.write.batch_stride + head * p.write.head_stride;
+    const int64_t size = p.dtype == DType::kFloat32 ? 4 : 2, bytes = size * p.head_dim;
+    int64_t token = p.tokens;
+    for (int i = 0; i < p.write.count; ++i) token -= slots[i] & kRowsMask;  // below 0: rows that the first page holds
+    for (int i = 0; i < p.write.count; ++i) {
+        const int rows = slots[i] & kRowsMask;
+        if (rows == 0) continue;
+        const int64_t page = p.pool.arena[batch * p.kv_heads + head] + (slots[i] >> kRowsBits);
+        char* to = static_cast<char*>(p.pool.pages) + page * 2 * p.pool.page_size * bytes;
+        for (const Rows* const x : {&p.k, &p.v}) {
+            const char* const from =
+                static_cast<const char*>(x->data) + (batch * x->batch_stride + head * x->head_stride) * size;
+            for (int64_t row = std::max<int64_t>(0, -token); row < rows; ++row)
+                std::memcpy(to + row * bytes, from + (token + row) * x->token_stride * size, bytes);
+            std::memset(to + rows * bytes, 0, (p.pool.page_size - rows) * bytes);
+            to += p.pool.page_size * bytes;
+        }
+        token += rows;
+    }
+}
+
+}  // namespace amskv::cpu

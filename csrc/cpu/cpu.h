@@ -1,0 +1,69 @@
+// The CPU kernels: what each instruction set offers, and how a call is cut into tasks for whoever has threads. No torch.
+#pragma once
+
+#include <cstdint>
+
+#include "amskv/amskv.h"
+
+namespace amskv::cpu {
+
+inline constexpr int kTile = 64;       // query rows of a tile
+inline constexpr int kBlock = 96;      // keys of a block: its scores, or its V rows, stay in a first-level cache
+inline constexpr int kMostTiles = 16;  // tiles of a task, which share each block of keys
+inline constexpr int kMostHeadDim = 128;
+inline constexpr int kPastEnd = 8;  // rows past the last that a kernel may touch
+
+// How a call of attn is cut. A task is up to kMostTiles tiles of query rows of one KV head; the query heads that share it
+// are just more rows. Results do not depend on the cut.
+struct AttnCut {
+    int32_t rows;  // query rows of a KV head
+    int32_t tiles_per_task, tasks_per_head;
+    int64_t tasks;
+};
+
+AttnCut cut_attn(const AttnParams& params, int threads);
+
+// What one tile carries from block to block.
+struct alignas(64) Tile {
+    float q[kMostHeadDim * kTile];                   // [d][row]
+    float out[(kTile + kPastEnd) * kMostHeadDim];    // [row][d]
+    float largest[kTile], total[kTile];              // of a row's scores and weights
+    int32_t rows, vectors;                           // vectors of rows that are in use
+};
+
+// A thread's working memory, zeros at first.
+struct alignas(64) Scratch {
+    Tile tiles[kMostTiles];
+    float scores[(kBlock + kPastEnd) * kTile];  // [key][row]
+    float largest[kTile], decay[kTile + kPastEnd];
+    float key_copies[kBlock * kMostHeadDim], value_copies[kBlock * kMostHeadDim];
+    const float* keys[kBlock + kPastEnd];
+    const float* values[kBlock];
+};
+
+// qkv (B, n, H + 2 · Hkv, D) → q (B, n, H, D) and k (B, n, Hkv, D), contiguous.
+struct PrepareParams {
+    Rows qkv;
+    const float *q_scale, *cos, *sin;  // (H,), (n, D / 2) twice; null where not asked for
+    void *q, *k;
+    int32_t tokens, heads, kv_heads, head_dim;
+    DType dtype;
+    bool l2norm;
+    float eps;
+};
+
+struct InstructionSet {
+    const char* name;
+    void (*attn)(const AttnParams&, const AttnCut&, int64_t task, Scratch&);
+    void (*prepare_qk)(const PrepareParams&, int64_t token);  // `token` of all batch · n
+};
+
+extern const InstructionSet kPlain, kAvx2, kAvx512;
+
+// Those of this machine, plain code first; null past the best.
+const InstructionSet* instruction_set(int rank);
+
+// Rows of k and v of one sequence and head into the pages that `write` names; the rest of every such page becomes 0.
+void store_rows(const AppendParams& params, int batch, int head);
+
+}  // namespace amskv::cpu
