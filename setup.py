@@ -1,15 +1,18 @@
-"""Builds the CUDA library where it can; everything else about the package stands in pyproject.toml.
+"""Builds libamskv.so where it can; everything else about the package stands in pyproject.toml.
 
-One switch, the environment variable AMSKV_CUDA:
-    unset   build the library if an nvcc is found (CUDA_HOME, PATH, /usr/local/cuda), else go without it
-    0       go without it: the Triton and CPU backends need no compiler
-    1       build it; fail if there is no nvcc
-    pip     build it with nvcc and CUDA's headers from their PyPI packages
+A C++ compiler is enough for its CPU kernels. Whether it has the CUDA kernels too is one switch, the environment
+variable AMSKV_CUDA:
+    unset   with them if an nvcc is found (CUDA_HOME, PATH, /usr/local/cuda), else without
+    0       without them
+    1       with them; fail if there is no nvcc
+    pip     with them, built by nvcc and CUDA's headers from their PyPI packages
+Without a compiler or its tools the package has no library: Triton and plain PyTorch serve.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 import shutil
@@ -21,6 +24,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 TORCH = "torch>=2.10"
@@ -78,48 +82,60 @@ def find_tool(name: str) -> str | None:
 
 
 def tools_missing() -> str | None:
-    """What to do where the build tools are missing or too old; None where they are there, or pip will fetch them."""
-    if all(find_tool(name) for name in ("cmake", "ninja")) or "egg_info" in sys.argv:
+    """What to do where something to build with is missing or too old; None where it is there, or pip will fetch it."""
+    if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
+        return "no C++ compiler found (apt install g++)"
+    if "egg_info" in sys.argv:
         return None
-    return f"building the CUDA library needs newer tools: pip install {quoted(BUILD_TOOLS)}"
+    packages = [each for each in BUILD_TOOLS if find_tool(each.split(">")[0]) is None]
+    if importlib.util.find_spec("torch") is None:
+        packages.append(TORCH)
+    return f"building libamskv.so needs newer tools: pip install {quoted(packages)}" if packages else None
 
 
-def wanted() -> bool:
-    """Whether to build the library."""
+def with_cuda() -> bool:
+    """Whether the library is to have the CUDA kernels."""
     switch = os.environ.get("AMSKV_CUDA", "")
     if switch not in ("", "0", "1", "pip"):
         raise SystemExit(f"AMSKV_CUDA is {switch!r}; it must be 0, 1, pip or unset")
-    if switch == "" and find_nvcc() is None:
-        say("no nvcc found, so no CUDA library; the Triton and CPU backends remain (AMSKV_CUDA=pip takes PyPI's nvcc)")
     if switch == "1" and find_nvcc() is None:
         raise SystemExit("AMSKV_CUDA=1, but no nvcc in CUDA_HOME, PATH or /usr/local/cuda; AMSKV_CUDA=pip takes PyPI's")
     return switch in ("1", "pip") or (switch == "" and find_nvcc() is not None)
 
 
+def insisted() -> bool:
+    """Whether an install without the library would not be what was asked for."""
+    return os.environ.get("AMSKV_CUDA", "") in ("1", "pip")
+
+
 def buildable() -> bool:
-    """Whether the library is wanted and its tools are there; fails where it was insisted on."""
-    if not wanted() or (missing := tools_missing()) is None:
-        return wanted()
-    if os.environ.get("AMSKV_CUDA", ""):
+    """Whether there is what the library is built with; fails where it was insisted on."""
+    cuda, missing = with_cuda(), tools_missing()
+    if missing is None:
+        if not cuda:
+            say("libamskv.so without CUDA kernels: no nvcc, or AMSKV_CUDA=0 (AMSKV_CUDA=pip takes PyPI's nvcc)")
+        return True
+    if insisted():
         raise SystemExit(missing)
-    say(f"{missing}; installing without it, the Triton and CPU backends remain")
+    say(f"{missing}; installing without it, Triton and plain PyTorch serve")
     return False
 
 
 def build_requirements() -> list[str]:
-    if not wanted():
+    if not buildable():
         return []
     return [TORCH, *BUILD_TOOLS, *(CUDA_FROM_PIP if os.environ.get("AMSKV_CUDA") == "pip" else [])]
 
 
 def build_library(tree: Path, nvcc: Path | None, *options: str) -> Path:
-    """libamskv.so, built in `tree` against this Python's torch; `options` are CMake's."""
+    """libamskv.so, built in `tree` against this Python's torch, CUDA kernels where nvcc is given; `options` are CMake's."""
     import torch
 
-    say(f"building the CUDA library with {nvcc}")
+    say(f"building libamskv.so {f'with {nvcc}' if nvcc else 'for the CPU'}")
+    cuda = f"-DCMAKE_CUDA_COMPILER={nvcc}" if nvcc else "-DAMSKV_CUDA=OFF"
     configure = [
         find_tool("cmake"), "-S", str(ROOT), "-B", str(tree), "-G", "Ninja",
-        f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}", f"-DCMAKE_CUDA_COMPILER={nvcc}",
+        f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}", cuda,
         f"-DAMSKV_TORCH_ROOT={Path(torch.__file__).parent}", f"-DPython3_EXECUTABLE={sys.executable}", *options,
     ]  # fmt: skip
     for command in (configure, [configure[0], "--build", str(tree), "--target", "amskv_torch"]):
@@ -135,8 +151,12 @@ class BuildLibrary(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         from_pip = os.environ.get("AMSKV_CUDA") == "pip"
-        nvcc = find_pip_nvcc() if from_pip else find_nvcc()
-        library = build_library(ROOT / "build" / ("cuda-pip" if from_pip else "cuda"), nvcc)
+        nvcc = None if not with_cuda() else find_pip_nvcc() if from_pip else find_nvcc()
+        tree = ROOT / "build" / ("cuda-pip" if from_pip else "cuda" if nvcc else "cpu")
+        try:
+            library = build_library(tree, nvcc)
+        except subprocess.CalledProcessError as error:  # setuptools goes on without an extension that is optional
+            raise CompileError(f"libamskv.so was not built: {error}") from error
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(library, target)
@@ -151,7 +171,7 @@ class AnyPythonWheel(bdist_wheel):
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[Extension("amskv_kernels.libamskv", sources=[])] if buildable() else [],
+        ext_modules=[Extension("amskv_kernels.libamskv", sources=[], optional=not insisted())] if buildable() else [],
         cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel},
         setup_requires=build_requirements() if "egg_info" in sys.argv else [],
     )

@@ -2,8 +2,8 @@
 
     python -m tools.make_wheel [--skip-smoke]
 
-AMSKV_CUDA chooses as for any install (see setup.py): without nvcc the wheel is pure Python. With the library, it is one
-file for every Python ≥ 3.10 and torch ≥ 2.10, tagged manylinux by auditwheel. Runs in an environment that has torch.
+AMSKV_CUDA chooses as for any install (see setup.py): without a C++ compiler the wheel is pure Python. With the
+library, it is one file for every Python ≥ 3.10 and torch ≥ 2.10, tagged manylinux by auditwheel. Runs in an environment that has torch.
 """
 
 from __future__ import annotations
@@ -43,11 +43,13 @@ assert torch.allclose(out, truth, atol=1e-5) and torch.equal(pages[0, 0, :4], q[
 from amskv_kernels.ops.backends import library
 if library.LIBRARY.exists():
     assert library.why_not_loaded() is None, library.why_not_loaded()
-    try:
-        torch.ops.amskv.attn_cuda(q, q, q, pages, arena, table[..., :0].contiguous(), table + 4, 0.125)
-    except (RuntimeError, ValueError) as error:
-        assert "q is Float" in str(error), error
-print("torch", torch.__version__, "-", library.why_not_loaded() or library.build_info()["architectures"])
+    assert amskv_kernels.ops.choose("attn", "cpu").backend == "cpu"
+    if library.why_no_cuda() is None:
+        try:
+            torch.ops.amskv.attn_cuda(q, q, q, pages, arena, table[..., :0].contiguous(), table + 4, 0.125)
+        except (RuntimeError, ValueError) as error:
+            assert "q is Float" in str(error), error
+print("torch", torch.__version__, "-", library.why_no_cuda() or library.build_info()["architectures"])
 """
 
 
@@ -123,9 +125,8 @@ def main() -> None:
             audit(Path(archive.extract(name, folder)))
     if not args.skip_smoke:
         smoke(wheel)
-    print(
-        f"{wheel.relative_to(ROOT)}: {wheel.stat().st_size / 1e6:.1f} MB, {'CUDA' if libraries else 'no CUDA library'}"
-    )
+    holds = "with" if libraries else "without"
+    print(f"{wheel.relative_to(ROOT)}: {wheel.stat().st_size / 1e6:.1f} MB, {holds} libamskv.so")
 
 
 if __name__ == "__main__":

@@ -83,8 +83,11 @@ def render(facts: dict[str, dict[str, str]]) -> str:
 def _library() -> str:
     if (reason := library.why_not_loaded()) is not None:
         return reason.removeprefix("libamskv.so ")
+    sets = f"loaded, for the CPU with {', '.join(library.instruction_sets())}"
+    if (reason := library.why_no_cuda()) is not None:
+        return f"{sets}; {reason.removeprefix('libamskv.so was ')}"
     built = library.build_info()
-    return f"loaded, built with CUDA {built['cuda']} for {built['architectures']}"
+    return f"{sets}; built with CUDA {built['cuda']} for {built['architectures']}"
 
 
 def _version(package: str) -> str:

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 
 from amskv_kernels.ops.backends import torch as torch_backend
-from amskv_kernels.ops.backends.library import hopper, portable
+from amskv_kernels.ops.backends.library import cpu, hopper, portable
 from amskv_kernels.ops.backends.triton import backend as triton_backend
 
 # Implementations, the one to prefer first; each module has one function per op it serves.
 BACKENDS: dict[str, ModuleType] = {
-    "hopper": hopper, "cuda": portable, "triton": triton_backend, "torch": torch_backend,
+    "hopper": hopper, "cuda": portable, "cpu": cpu, "triton": triton_backend, "torch": torch_backend,
 }  # fmt: skip
 
 
@@ -61,7 +61,8 @@ def backend(name: str) -> _Setting:
     """Force one implementation, "auto" to choose by itself again; in a `with` block, for its length.
 
     It holds for the thread, or the task of an event loop, that asks: a context variable, as a new thread it begins
-    with "auto". "hopper" and "cuda" have attn and append; the other ops stay with who would serve them anyway.
+    with "auto". "hopper" and "cuda" have attn and append, "cpu" prepare_qk too; the other ops stay with who would
+    serve them anyway.
 
     Raises:
         ValueError: no backend of that name.

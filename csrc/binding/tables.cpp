@@ -13,11 +13,12 @@ constexpr int32_t kRowsMask = (1 << kRowsBits) - 1;
 // How many rows of each page may be read: all of them, but for the pages that this call writes.
 class Readable {
 public:
-    explicit Readable(const Pool& pool) : rows_(known()) {
+    explicit Readable(const Pool& pool) {
         if (rows_.size() < static_cast<size_t>(pool.num_pages)) rows_.resize(pool.num_pages, kAll);
     }
     ~Readable() {  // for the next call on this thread
         for (const int64_t page : written_) rows_[page] = kAll;
+        written_.clear();
     }
     Readable(const Readable&) = delete;
 
@@ -30,21 +31,16 @@ public:
 
 private:
     static constexpr uint8_t kAll = 255;  // above every page_size
-    static std::vector<uint8_t>& known() {
-        thread_local std::vector<uint8_t> rows;
-        return rows;
-    }
-    std::vector<uint8_t>& rows_;
-    std::vector<int64_t> written_;
+    // Kept by the thread, so that no call allocates once the pool is known.
+    static thread_local std::vector<uint8_t> rows_;
+    static thread_local std::vector<int64_t> written_;
 };
 
-struct Entry {
-    int64_t page;
-    int32_t rows;
-};
+thread_local std::vector<uint8_t> Readable::rows_;
+thread_local std::vector<int64_t> Readable::written_;
 
-// What slot `at` of one sequence and head names.
-Entry entry(const char* name, const Pool& pool, int64_t first, int32_t slot) {
+// How many rows a slot names, of a page that is there.
+int32_t rows_of(const char* name, const Pool& pool, int64_t first, int32_t slot) {
     const int32_t rows = slot & kRowsMask;
     if (slot < 0 || rows > pool.page_size) {
         refuse(
@@ -55,14 +51,14 @@ Entry entry(const char* name, const Pool& pool, int64_t first, int32_t slot) {
     const int64_t page = first + (slot >> kRowsBits);
     if (rows > 0 && (page < 0 || page >= pool.num_pages))
         refuse(name, " point to page ", page, "; the pool has pages 0 … ", pool.num_pages - 1);
-    return {page, rows};
+    return rows;
 }
 
 void check_written(const Pool& pool, int64_t first, const int32_t* slots, int32_t count, int32_t tokens, Readable& readable) {
     int64_t total = 0;
     int32_t lead = 0;  // rows of the first page
     for (int32_t i = 0; i < count; ++i) {
-        const int32_t rows = entry("write_slots", pool, first, slots[i]).rows;
+        const int32_t rows = rows_of("write_slots", pool, first, slots[i]);
         if (total == 0) lead = rows;
         total += rows;
     }
@@ -90,17 +86,22 @@ void check_tables(
                 check(int64_t{pool.arena[b * kv_heads + h]}, table.data + b * table.batch_stride + h * table.head_stride);
         }
     };
+    for_each_head(read, [&](int64_t first, const int32_t* slots) {
+        for (int32_t i = 0; i < read.count; ++i) rows_of("read_slots", pool, first, slots[i]);
+    });
+    if (write.count == 0) return;
     Readable readable(pool);
     for_each_head(write, [&](int64_t first, const int32_t* slots) {
         check_written(pool, first, slots, write.count, tokens, readable);
     });
     for_each_head(read, [&](int64_t first, const int32_t* slots) {
         for (int32_t i = 0; i < read.count; ++i) {
-            const Entry named = entry("read_slots", pool, first, slots[i]);
-            if (named.rows > 0 && named.rows > readable.of(named.page)) {
+            const int64_t page = first + (slots[i] >> kRowsBits);
+            const int32_t rows = slots[i] & kRowsMask;
+            if (rows > 0 && rows > readable.of(page)) {
                 refuse(
-                    "page ", named.page, " is both read and written in one call; read_slots and write_slots must not "
-                    "name the same rows");
+                    "page ", page, " is both read and written in one call; read_slots and write_slots must not name the "
+                    "same rows");
             }
         }
     });

@@ -128,13 +128,13 @@ private:
 };
 
 template <typename T>
-void end_tile(const AttnParams& p, int batch, int head, int first, bool any, const Tile& tile) {
+void end_tile(const AttnParams& p, int batch, int head, int first, const Tile& tile) {
     constexpr float kLn2 = 0.69314718f;
     const int group = p.heads / p.kv_heads;
     for (int i = 0; i < tile.rows; ++i) {
         const int64_t token = (first + i) % p.tokens, query_head = head * group + (first + i) / p.tokens;
         T* const out = static_cast<T*>(p.out) + ((batch * int64_t{p.tokens} + token) * p.heads + query_head) * p.head_dim;
-        const float inverse = any ? 1 / tile.total[i] : 0;
+        const float inverse = tile.total[i] == 0 ? 0 : 1 / tile.total[i];  // 0: no key, or a score of −∞ with each
         for (int d = 0; d < p.head_dim; d += kLanes) store(out + d, load(tile.out + i * p.head_dim + d) * inverse);
         p.lse[(batch * int64_t{p.heads} + query_head) * p.tokens + token] =
             (tile.largest[i] + __builtin_log2f(tile.total[i])) * kLn2;
@@ -156,9 +156,7 @@ void attn_task(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& s
         begin_tile<T>(p, batch, head, row, rows, scratch.tiles[tiles]);
     }
     Keys<T> keys(p, batch, head);
-    bool any = false;
     while (const int count = keys.next(scratch)) {
-        any = true;
         for (int i = 0; i < tiles; ++i) {
             Tile& tile = scratch.tiles[i];
             const auto fetch_ahead = [&](int from, int to) {
@@ -170,7 +168,7 @@ void attn_task(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& s
             add_values(scratch.values, count, scratch.scores, scratch.decay, tile.rows, p.head_dim, tile.out);
         }
     }
-    for (int i = 0; i < tiles; ++i) end_tile<T>(p, batch, head, begin + i * kTile, any, scratch.tiles[i]);
+    for (int i = 0; i < tiles; ++i) end_tile<T>(p, batch, head, begin + i * kTile, scratch.tiles[i]);
 }
 
 inline void attn_any(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& scratch) {

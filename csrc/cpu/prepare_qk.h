@@ -27,14 +27,15 @@ inline Vec swap_pairs(Vec x) {
 
 template <typename T>
 void prepare_head(const PrepareParams& p, const T* from, float scale, const Rotation& rotation, T* to) {
+    float norm = 1;
     if (p.l2norm) {
         Vec squares = {};
         for (int d = 0; d < p.head_dim; d += kLanes) squares += load(from + d) * load(from + d);
-        const float norm = __builtin_sqrtf(sum_of(squares));
-        scale /= norm <= p.eps ? p.eps : norm;  // NaN stays NaN
+        norm = __builtin_sqrtf(sum_of(squares));
+        if (norm <= p.eps) norm = p.eps;  // NaN stays NaN
     }
     for (int d = 0; d < p.head_dim; d += kLanes) {
-        Vec x = load(from + d) * scale;
+        Vec x = load(from + d) / norm * scale;
         if (p.cos) x = x * load(rotation.cos + d) + swap_pairs(x) * load(rotation.sin + d);
         store(to + d, x);
     }

@@ -262,16 +262,27 @@ def test_doctor_tells_backends(capsys):
 
 
 @pytest.mark.parametrize(
-    ("reason", "shown"),
+    ("reason", "no_cuda", "shown"),
     [
-        (None, "loaded, built with CUDA 13.0 for 8.0, 9.0a, PTX 8.0"),
-        ("libamskv.so was not built (install with nvcc at hand)", "was not built (install with nvcc at hand)"),
+        (None, None, "loaded, for the CPU with plain, avx2; built with CUDA 13.0 for 8.0, 9.0a, PTX 8.0"),
+        (
+            None,
+            "libamskv.so was built without CUDA kernels",
+            "loaded, for the CPU with plain, avx2; built without CUDA kernels",
+        ),
+        ("libamskv.so was not built (install with nvcc)", None, "was not built (install with nvcc)"),
     ],
 )
-def test_doctor_tells_whether_the_library_loads(capsys, monkeypatch, reason, shown):
-    monkeypatch.setattr("amskv_kernels.ops.backends.library.why_not_loaded", lambda: reason)
+def test_doctor_tells_whether_the_library_loads(capsys, monkeypatch, reason, no_cuda, shown):
     built = {"cuda": "13.0", "architectures": "8.0, 9.0a, PTX 8.0"}
-    monkeypatch.setattr("amskv_kernels.ops.backends.library.build_info", lambda: built)
+    found = {
+        "why_not_loaded": reason,
+        "why_no_cuda": no_cuda,
+        "build_info": built,
+        "instruction_sets": ["plain", "avx2"],
+    }
+    for name, value in found.items():
+        monkeypatch.setattr(f"amskv_kernels.ops.backends.library.{name}", lambda value=value: value)
     assert json.loads(run(capsys, "doctor", "--json")[1])["versions"]["libamskv.so"] == shown
 
 

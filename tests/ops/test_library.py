@@ -212,7 +212,7 @@ def test_old_build_tools_are_named(switch, tmp_path):
         f"{hidden}import runpy; runpy.run_path('setup.py', run_name='__main__')",
         AMSKV_CUDA=switch, PATH=f"{tmp_path}:{os.environ['PATH']}",
     )  # fmt: skip
-    assert "pip install 'cmake>=3.27' 'ninja>=1.11'" in done.stderr
+    assert "pip install 'cmake>=3.27'" in done.stderr
     assert (done.returncode == 0) == (switch == "")
     assert ("installing without it" in done.stderr) == (switch == "")
 
@@ -241,7 +241,7 @@ def test_cpp_example_compiles():
     assert done.returncode == 0, done.stderr
 
 
-built = pytest.mark.skipif(library.why_not_loaded() is not None, reason=str(library.why_not_loaded()))
+built = pytest.mark.skipif(library.why_no_cuda() is not None, reason=str(library.why_no_cuda()))
 
 
 @built

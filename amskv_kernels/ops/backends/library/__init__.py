@@ -1,18 +1,23 @@
-"""The CUDA library, libamskv.so: finding it, loading it, and what it was built for.
+"""The native library, libamskv.so: finding it, loading it, and what it was built for.
 
-It is built into the package where nvcc was at hand (see `setup.py`). Loading it registers `torch.ops.amskv.attn_cuda`,
-`attn_hopper`, `append_cuda` and `build_info`; it links no CUDA library of torch's, so it also loads beside a CPU-only
-torch. One module here for each kernel family in it: `portable`, from sm_80 on, and `hopper`.
+It is built into the package where there is a C++ compiler, with the CUDA kernels where there is nvcc too (see
+`setup.py`). Loading it registers `torch.ops.amskv.attn_cpu` and so on; it links no CUDA library of torch's, so it also
+loads beside a CPU-only torch. One module here for each kernel family in it: `cpu`, `portable`, from sm_80 on, and
+`hopper`.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from amskv_kernels.ops.checks import PlannedAttn
 
 LIBRARY = Path(__file__).parents[3] / "libamskv.so"
 LEAST_TORCH = (2, 10)  # the stable ABI that the library is built for
@@ -22,7 +27,7 @@ LEAST_TORCH = (2, 10)  # the stable ABI that the library is built for
 def why_not_loaded() -> str | None:
     """Load the library, once; None when it is loaded, else the reason why not."""
     if not LIBRARY.exists():
-        return "libamskv.so was not built (install with nvcc at hand, or with AMSKV_CUDA=pip)"
+        return "libamskv.so was not built (install with a C++ compiler at hand)"
     found = torch.__version__.split("+")[0]
     if tuple(int(part) for part in found.split(".")[:2]) < LEAST_TORCH:
         return f"libamskv.so needs torch ≥ {'.'.join(map(str, LEAST_TORCH))}; found torch {found}"
@@ -33,12 +38,42 @@ def why_not_loaded() -> str | None:
     return None
 
 
+def why_no_cuda() -> str | None:
+    """None where the library is loaded and has the CUDA kernels, else the reason why not."""
+    if (reason := why_not_loaded()) is None and not hasattr(torch.ops.amskv, "attn_cuda"):
+        return "libamskv.so was built without CUDA kernels (install with nvcc at hand, or with AMSKV_CUDA=pip)"
+    return reason
+
+
 def build_info() -> dict[str, Any]:
-    """What the library was built for: version, cuda, architectures, and of each kernel registers and spilled bytes.
+    """What its CUDA was built for: version, cuda, architectures, and of each kernel registers and spilled bytes.
+
+    Raises:
+        RuntimeError: the library is not loaded or has no CUDA kernels; the message says why.
+    """
+    if (reason := why_no_cuda()) is not None:
+        raise RuntimeError(reason)
+    return json.loads(torch.ops.amskv.build_info())
+
+
+def instruction_sets() -> list[str]:
+    """What the CPU kernels may choose from on this machine, the one they take last.
 
     Raises:
         RuntimeError: the library is not loaded; the message says why.
     """
     if (reason := why_not_loaded()) is not None:
         raise RuntimeError(reason)
-    return json.loads(torch.ops.amskv.build_info())
+    names: str = torch.ops.amskv.cpu_info()
+    return names.split()
+
+
+def planned(op: torch._ops.OpOverload, call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+    """An op of the library with what a plan knows filled in."""
+    pages, arena, read_slots, write_slots, _ = call
+
+    def ready(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+        out: Tensor = op(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)[0]
+        return out
+
+    return ready

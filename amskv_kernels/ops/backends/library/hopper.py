@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from amskv_kernels.ops.backends.library import portable
+from amskv_kernels.ops.backends.library import planned, portable
 from amskv_kernels.ops.checks import PlannedAttn
 
 CAPABILITY = (9, 0)  # wgmma exists there and nowhere else
@@ -41,4 +41,4 @@ def attn(
 
 def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
     """`attn` as one dispatcher call; the op checks its arguments in C++."""
-    return portable.planned(torch.ops.amskv.attn_hopper.default, call)
+    return planned(torch.ops.amskv.attn_hopper.default, call)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from amskv_kernels.ops.backends.library import why_not_loaded
+from amskv_kernels.ops.backends.library import planned, why_no_cuda
 from amskv_kernels.ops.checks import PlannedAttn
 
 # Compute capabilities on which the library's kernels are the default: those with a test report from a GPU.
@@ -20,7 +20,7 @@ def unavailable(device: torch.device, forced: bool) -> str | None:
     """Why the library does not serve tensors on this device, None if it does."""
     if device.type != "cuda":
         return f"serves CUDA tensors, not {device.type}"
-    if (reason := why_not_loaded()) is not None:
+    if (reason := why_no_cuda()) is not None:
         return reason
     if not torch.cuda.is_available():
         return "no CUDA device is visible to this torch"
@@ -41,17 +41,6 @@ def attn(
 def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
     """`attn` as one dispatcher call; the op checks its arguments in C++."""
     return planned(torch.ops.amskv.attn_cuda.default, call)
-
-
-def planned(op: torch._ops.OpOverload, call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
-    """An op of the library with what a plan knows filled in."""
-    pages, arena, read_slots, write_slots, _ = call
-
-    def ready(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        out: Tensor = op(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)[0]
-        return out
-
-    return ready
 
 
 def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:

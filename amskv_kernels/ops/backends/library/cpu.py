@@ -1,0 +1,43 @@
+"""The library's CPU kernels: pages read where they lie, in the widest vectors of this machine, on torch's threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from amskv_kernels.ops.backends.library import planned, why_not_loaded
+from amskv_kernels.ops.checks import DTYPES, PlannedAttn
+
+__all__ = ["DTYPES", "append", "attn", "prepare_qk", "prepared_attn", "unavailable"]
+
+
+def unavailable(device: torch.device, forced: bool) -> str | None:
+    """Why the library does not serve tensors on this device, None if it does."""
+    return why_not_loaded() if device.type == "cpu" else f"serves CPU tensors, not {device.type}"
+
+
+def attn(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
+    read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `amskv_kernels.ops.attn`."""
+    return torch.ops.amskv.attn_cpu(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
+
+
+def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+    """`attn` as one dispatcher call."""
+    return planned(torch.ops.amskv.attn_cpu.default, call)
+
+
+def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:
+    """See `amskv_kernels.ops.append`."""
+    torch.ops.amskv.append_cpu(k, v, pages, arena, write_slots)
+
+
+def prepare_qk(
+    qkv: Tensor, kv_heads: int, q_scale: Tensor | None, cos: Tensor | None, sin: Tensor | None, l2norm: bool, eps: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `amskv_kernels.ops.prepare_qk`."""
+    return torch.ops.amskv.prepare_qk_cpu(qkv, kv_heads, q_scale, cos, sin, l2norm, eps)
