@@ -128,7 +128,7 @@ def build_requirements() -> list[str]:
 
 
 def build_library(tree: Path, nvcc: Path | None, *options: str) -> Path:
-    """libamskv.so, built in `tree` against this Python's torch, CUDA kernels where nvcc is given; `options` are CMake's."""
+    """libamskv.so, built in `tree` for this torch, with CUDA kernels where nvcc is given; `options` are CMake's."""
     import torch
 
     say(f"building libamskv.so {f'with {nvcc}' if nvcc else 'for the CPU'}")

@@ -3,7 +3,8 @@
     python -m tools.make_wheel [--skip-smoke]
 
 AMSKV_CUDA chooses as for any install (see setup.py): without a C++ compiler the wheel is pure Python. With the
-library, it is one file for every Python ≥ 3.10 and torch ≥ 2.10, tagged manylinux by auditwheel. Runs in an environment that has torch.
+library, it is one file for every Python ≥ 3.10 and torch ≥ 2.10, tagged manylinux by auditwheel. Runs in an environment
+that has torch.
 """
 
 from __future__ import annotations
