@@ -40,12 +40,12 @@ from benchmarks.harness.roofs import GPUS, measure_ceilings
 from benchmarks.harness.tasks import BROKEN_DEVICE, BrokenDeviceError, Context, Task, run_tasks
 from benchmarks.report import compare
 from benchmarks.report.tables import show
-from benchmarks.suites import image, module, plans, roof, steps
+from benchmarks.suites import host, image, module, plans, roof, steps
 
-GPU_SUITES = ("kernel", "module", "image", "plan")
-CPU_SUITES = ("cpu", "plan", "roof")
+GPU_SUITES = ("kernel", "module", "image", "host", "plan")
+CPU_SUITES = ("cpu", "host", "plan", "roof")
 RUNS_ON = {
-    "cpu": ("cpu",), "image": ("cuda", "cpu"), "kernel": ("cuda",), "module": ("cuda", "cpu"),
+    "cpu": ("cpu",), "host": ("cuda", "cpu"), "image": ("cuda", "cpu"), "kernel": ("cuda",), "module": ("cuda", "cpu"),
     "plan": ("cuda", "cpu"), "roof": ("cuda", "cpu"),
 }  # fmt: skip
 
@@ -101,6 +101,8 @@ def plan_tasks(suites: Sequence[str], context: Context, gpu: str) -> list[Task]:
             tasks += module.tasks("module", module_cases(context), context)
         elif suite == "image":
             tasks += image.tasks(context)
+        elif suite == "host":
+            tasks += host.tasks(context)
         elif suite == "plan":
             tasks += plans.tasks(context)
         else:

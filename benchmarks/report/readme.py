@@ -213,6 +213,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "cpu-sums": lambda: _newest("cpu", "cpu", _captioned(lambda r, s: tables.sums(r, "cpu", s), PEERS_NOTE + " ")),
     "cpu-steps": lambda: _newest("cpu", "cpu", _steps("cpu")),
     "cpu-module": lambda: _newest("module", "cpu", _captioned(tables.modules)),
+    "host": lambda: _newest("host", None, _captioned(tables.hosts)),
     "cpu-digits": lambda: _newest("image", "cpu", _captioned(tables.digits)),
     "gpu-sums": lambda: _newest(
         "kernel", "cuda", _captioned(lambda r, s: tables.sums(r, "kernel", s), PEERS_NOTE + " ")

@@ -127,6 +127,25 @@ def modules(result: Result, style: str) -> str:
     return table(lines, headers, style, 2)
 
 
+def hosts(result: Result, style: str) -> str:
+    """What stands before a kernel: time, and dispatcher calls per attention module and step."""
+    found = rows(result, "host")
+    times = [(row["backend"], row["up_to"], f"{row['us']:.3g} µs") for row in found if row["kind"] == "attend"]
+    calls = [
+        (row["model"], row["backend"], f"{row['stock']:.1f}", f"{row['ours']:.1f}")
+        for row in found
+        if row["kind"] == "dispatches"
+    ]
+    return "\n\n".join(
+        table(lines, headers, style, left)
+        for lines, headers, left in (
+            (times, ("backend", "from `attend` to", "time"), 2),
+            (calls, ("dispatcher calls of an attention module", "our backend", "stock", "ours"), 2),
+        )
+        if lines
+    )
+
+
 def digits(result: Result, style: str) -> str:
     """The small model's generations under every cache."""
     lines = []
@@ -256,6 +275,7 @@ def show(results: Sequence[Result]) -> str:
                 parts.append(sums(result, suite, "simple"))
         for suite, title, make in (
             ("module", "module: norm, RoPE, cache and attention, all layers and steps", modules),
+            ("host", "host: what stands before a kernel", hosts),
             ("capacity", "largest batches", capacity),
         ):
             if rows(result, suite):

@@ -36,7 +36,7 @@ def attn(
     pool, first = pages.view(1, -1, pages.shape[3]), _on_host(arena)
     history = _History.of(first, read_slots, pages.shape[2], k.shape[1])
     store = _Store.of(first, write_slots, pages.shape[2], k.shape[1])
-    return _attend(q, k, v, pool, pages.shape[2], history, store, softmax_scale)
+    return _attend(q, k, v, pool, history, store, softmax_scale)
 
 
 def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
@@ -48,7 +48,7 @@ def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float]
     store = _Store.of(first, call.write_slots, page_size, call.n)
 
     def ready(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        return _attend(q, k, v, pool, page_size, history, store, softmax_scale)[0]
+        return _attend(q, k, v, pool, history, store, softmax_scale)[0]
 
     return ready
 
@@ -56,7 +56,7 @@ def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float]
 def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:
     """See `amskv_kernels.ops.append`."""
     store = _Store.of(_on_host(arena), write_slots, pages.shape[2], k.shape[1])
-    store.run(k.transpose(1, 2), v.transpose(1, 2), pages.view(1, -1, pages.shape[3]), pages.shape[2])
+    store.run(k.transpose(1, 2), v.transpose(1, 2), pages.view(1, -1, pages.shape[3]))
 
 
 def prepare_qk(
@@ -107,20 +107,20 @@ def compact(
         rows = x.transpose(1, 2).gather(2, current) if n else x.new_zeros(current.shape)
         kept.append(torch.where(paged[..., None], pool[source + shift], rows))
     store = _Store.of(_on_host(arena), dst_slots, page_size, keep.shape[2])
-    store.run(kept[0], kept[1], pages.view(1, -1, head_dim), page_size)
+    store.run(kept[0], kept[1], pages.view(1, -1, head_dim))
 
 
 class _History(NamedTuple):
     """The rows to gather, as indices into each equal part of the pool.
 
     Attributes:
-        rows: of K, V's are a page size further; the `held` of each table side by side, each followed by n of any
-            row where there are several: the gathered rows are then a buffer that has room for the current ones.
+        rows: of K, and of V a page size further; the `held` of each table side by side, each followed by n of any row
+            where there are several: the gathered rows are then a buffer that has room for the current ones.
         held: columns that any table names.
         hidden: which of them a table does not name, None where all name all.
     """
 
-    rows: Tensor
+    rows: tuple[Tensor, Tensor]
     held: int
     hidden: Tensor | None
 
@@ -136,21 +136,21 @@ class _History(NamedTuple):
         if first.size > 1:
             index = np.pad(index, ((0, 0), (0, 0), (0, n)))
         hidden = None if named.all() else torch.from_numpy(~named).to(slots.device)
-        return cls(torch.from_numpy(index.ravel()).to(slots.device), len(columns), hidden)
+        return cls(_of_k_and_v(index.ravel(), page_size, slots.device), len(columns), hidden)
 
 
 class _Store(NamedTuple):
     """The rows to write, as indices into each equal part of the pool, and what becomes zero.
 
     Attributes:
-        target: rows of K, V's are a page size further.
+        target: rows of K and of V.
         source: the current row that each takes, tables side by side; None where they take all of them in order.
-        blank: rows of K that become zero.
+        blank: rows of K and of V that become zero.
     """
 
-    target: Tensor
+    target: tuple[Tensor, Tensor]
     source: Tensor | None
-    blank: Tensor
+    blank: tuple[Tensor, Tensor]
 
     @classmethod
     def of(cls, first: Table, slots: Tensor, page_size: int, n: int) -> _Store:
@@ -166,32 +166,33 @@ class _Store(NamedTuple):
         source = (tables + source)[own]
         everything = np.array_equal(source, np.arange(n * first.size))
         device = slots.device
-        found = (torch.from_numpy(x).to(device) for x in (target[own], source, target[past]))
-        target_rows, source_rows, blank = found
-        return cls(target_rows, None if everything else source_rows, blank)
+        taken = None if everything else torch.from_numpy(source).to(device)
+        target_of, blank_of = (_of_k_and_v(x, page_size, device) for x in (target[own], target[past]))
+        return cls(target_of, taken, blank_of)
 
-    def run(self, k: Tensor, v: Tensor, pool: Tensor, page_size: int) -> None:
+    def run(self, k: Tensor, v: Tensor, pool: Tensor) -> None:
         """Store rows of k, v (B, Hkv, n, D) in the pool (parts, rows, D)."""
-        if self.target.numel() == 0:
+        if self.target[0].numel() == 0:
             return
-        for x, shift in ((k, 0), (v, page_size)):
+        for x, target, blank in zip((k, v), self.target, self.blank, strict=True):
             rows = x.reshape(pool.shape[0], -1, pool.shape[2])
             if self.source is not None:
                 rows = rows.index_select(1, self.source)
-            pool.index_copy_(1, self.target + shift, rows)
-            pool.index_fill_(1, self.blank + shift, 0)
+            pool.index_copy_(1, target, rows)
+            if blank.numel():
+                pool.index_fill_(1, blank, 0)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, pool: Tensor, page_size: int, history: _History, store: _Store, scale: float
+    q: Tensor, k: Tensor, v: Tensor, pool: Tensor, history: _History, store: _Store, scale: float
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and log-sum-exp; history and current rows are copied once, into the buffers that attention reads."""
     (batch, n, heads, head_dim), kv_heads, held = q.shape, k.shape[2], history.held
     buffers = k.new_empty(2, batch, kv_heads, held + n, head_dim)
-    for buffer, x, shift in ((buffers[0], k, 0), (buffers[1], v, page_size)):
+    for buffer, x, rows in zip(buffers.unbind(0), (k, v), history.rows, strict=True):
         if held:
-            gathered = buffer.view(pool.shape[0], -1, head_dim)[:, : history.rows.numel()]
-            torch.index_select(pool, 1, history.rows + shift, out=gathered)
+            gathered = buffer.view(pool.shape[0], -1, head_dim)[:, : rows.numel()]
+            torch.index_select(pool, 1, rows, out=gathered)
             if history.hidden is not None:  # 0 · NaN is NaN: what is not named must not be there at all
                 buffer[:, :, :held].masked_fill_(history.hidden[..., None], 0)
         buffer[:, :, held:].copy_(x.transpose(1, 2))
@@ -202,7 +203,7 @@ def _attend(
         bias = k.new_zeros(batch, kv_heads, 1, held + n)
         bias[..., :held].masked_fill_(history.hidden[:, :, None], -torch.inf)
     out, lse = _softmax(queries, buffers[0], buffers[1], bias, scale)
-    store.run(buffers[0, :, :, held:], buffers[1, :, :, held:], pool, page_size)
+    store.run(buffers[0, :, :, held:], buffers[1, :, :, held:], pool)
     out = out.view(batch, kv_heads, -1, n, head_dim).permute(0, 3, 1, 2, 4)
     return out.reshape(batch, n, heads, head_dim).contiguous(), lse.reshape(batch, heads, n).contiguous()
 
@@ -240,6 +241,12 @@ def _padded_rows(pages: Tensor, arena: Tensor, slots: Tensor) -> tuple[Tensor, T
     page = arena.long()[:, :, None] + (slots >> ROWS_BITS)
     first = (page[..., None] * (2 * page_size) + row).flatten(2)
     return first, (row < (slots & ROWS_MASK)[..., None]).flatten(2).expand_as(first)
+
+
+def _of_k_and_v(rows: Table, page_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Indices of K's rows, and of V's, which lie a page size further."""
+    own = torch.from_numpy(rows).to(device)
+    return own, own + page_size
 
 
 def _on_host(table: Tensor) -> npt.NDArray[Any]:
