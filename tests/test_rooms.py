@@ -99,6 +99,12 @@ def test_files_and_functions_are_short(path):
             assert lines <= MOST_LINES_OF_FUNCTION, f"{node.name} has {lines} lines"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc").rglob("*.*")), ids=lambda path: path.name)
+def test_sources_of_the_library_are_short(path):
+    if path.suffix in (".cu", ".cuh", ".cpp", ".h"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
 def test_contributing_names_every_room():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     rooms = [path.name for path in PACKAGE.iterdir() if path.is_dir() and (path / "__init__.py").exists()]

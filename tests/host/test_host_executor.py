@@ -11,14 +11,14 @@ CASE = Case(n=40, batch=1, history=(16,) * 12 + (3,))
 HOPPER_CASE = Case(
     n=150, batch=1, heads=1, kv_heads=1, head_dim=128, gap=False, history=(16,) * 20 + (3,), hopper=(128, 1)
 )
-PORTABLE = "portable/attn.cuh"
+PORTABLE, WORK = "portable/attn.cuh", "portable/work.cuh"
 PIPELINE, PRODUCER, KERNEL = "hopper/pipeline.cuh", "hopper/producer.cuh", "hopper/attn.cuh"
 WRONG = "out: more than twice the error|lse is not that|eager is not lazy"
 
 FAULTS = [
     pytest.param(
         PORTABLE, "cp_async_wait<Tile::kStages - 2>();", "cp_async_wait<Tile::kStages - 1>();",
-        r"attn, block 0, .*portable/attn\.cuh:\d+: reads bytes of the copy issued at portable/attn\.cuh:\d+",
+        r"attn, block 0, .*portable/\w+\.cuh:\d+: reads bytes of the copy issued at portable/work\.cuh:\d+",
         id="a wait that comes one tile too late",
     ),
     pytest.param(
@@ -30,11 +30,11 @@ FAULTS = [
         "no barrier orders this read after another lane's write", id="a missing warp barrier",
     ),
     pytest.param(
-        PORTABLE, "page = slot >> kRowsBits;", "page = (slot >> kRowsBits) + 1;", ".*",
+        WORK, "page = slot >> kRowsBits;", "page = (slot >> kRowsBits) + 1;", ".*",
         id="a page off by one",
     ),
     pytest.param(
-        PORTABLE, "stage + Layout::offset(row, chunk);", "stage + Layout::offset(row ^ 1, chunk);", ".*",
+        WORK, "stage + Layout::offset(row, chunk);", "stage + Layout::offset(row ^ 1, chunk);", ".*",
         id="rows exchanged",
     ),
     pytest.param(
