@@ -51,8 +51,9 @@ bench-smoke: $(VENV)/ready  ## a few benchmark calls, to see that they run
 readme: $(VENV)/ready  ## write the tables of README and docs from committed results
 	$(BIN)/python -m benchmarks.report.readme
 
-kernel-report: $(VENV)/ready  ## compile every Triton kernel offline for four architectures; fails on spills
+kernel-report: $(VENV)/ready  ## compile every Triton kernel offline, four architectures, two Tritons; fails on spills
 	$(BIN)/python -W ignore -m tools.kernel_report
+	$(BIN)/python -W ignore -m tools.kernel_report --triton 3.6.0
 
 gpu-test: $(VENV)/ready  ## everything that needs a GPU; writes tests/gpu-reports
 	$(BIN)/python -m pytest -m gpu

@@ -22,7 +22,7 @@ import torch
 
 from amskv_kernels.cli import console
 from amskv_kernels.cli.arguments import output_file
-from benchmarks.harness import machine, measure
+from benchmarks.harness import machine, measure, peers
 from benchmarks.harness.cases import (
     CPU_CASES,
     IMAGES,
@@ -136,6 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=seconds, metavar="SECONDS", help="begin no further row after this long")
     parser.add_argument("--threads", type=threads, help="of the processor (default: what torch takes)")
     parser.add_argument("--fresh", action="store_true", help="do not continue an unfinished file")
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME=FILE.py:FUNCTION", help="one more peer: see peers.add"
+    )
     parser.add_argument("--no-docs", action="store_true", help="leave README.md and docs/ as they are")
     return parser
 
@@ -147,6 +150,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments.device = device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device is cuda; this torch sees no GPU")
+    for text in arguments.peer:
+        try:
+            peers.add(text)
+        except ValueError as error:
+            parser.error(str(error))
     runnable = ", ".join(suite for suite, devices in RUNS_ON.items() if device in devices)
     for suite in arguments.suites:
         if suite not in RUNS_ON:

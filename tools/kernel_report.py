@@ -1,9 +1,10 @@
 """Compile every kernel for every architecture, without a GPU, and read the binaries.
 
-    python benchmarks/kernel_report.py [--out tools/reports/kernel-report.json] [--jobs 2]
+    python -m tools.kernel_report [--triton 3.6.0] [--out tools/reports/kernel-report.json] [--jobs 2]
 
 The launches are recorded from the launchers themselves, so a kernel is compiled with the constants, the pointer and
-stride alignment and the warps it would run with. Fails if anything spills or needs more than the architecture has.
+stride alignment and the warps it would run with. Fails if anything spills or needs more than the architecture has. With
+--triton another Triton compiles, fetched into build/ and used from there; the report has a part for each.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from triton.runtime.jit import JITFunction
 
 from amskv_kernels.cli import console
 from amskv_kernels.cli.arguments import output_file
-from amskv_kernels.files import write_json
+from amskv_kernels.files import read_json, write_json
 from amskv_kernels.ops.backends.triton import append, attn, compact, prepare_qk, window_scores
 from amskv_kernels.ops.backends.triton.common import Device
 from amskv_kernels.ops.backends.triton.tiles import lines
@@ -210,6 +211,26 @@ def faults(row: dict) -> list[str]:
     return found
 
 
+def with_triton(version: str, arguments: list[str]) -> int:
+    """This command under another Triton, which is fetched first; its exit code."""
+    folder = Path("build") / f"triton-{version}"
+    if not folder.exists():
+        pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder))
+        subprocess.run([*pip, f"triton=={version}"], check=True)
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    command = [sys.executable, "-W", "ignore", "-m", "tools.kernel_report", *arguments]
+    return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode
+
+
+def merged(path: Path, versions: dict[str, str], rows: list[dict[str, object]]) -> dict[str, object]:
+    """The report with these rows as the part of their Triton, the newest first."""
+    before = read_json(path, "report").get("reports", []) if path.exists() else []
+    parts = [part for part in before if part["versions"]["triton"] != versions["triton"]]
+    parts.append({"versions": versions, "rows": rows})
+    order = lambda part: [int(x) for x in part["versions"]["triton"].split(".")[:3]]  # noqa: E731
+    return {"reports": sorted(parts, key=order, reverse=True)}
+
+
 def _measure(job: tuple[Launch, int]) -> dict[str, object]:
     return measure(*job)
 
@@ -220,15 +241,19 @@ def main() -> int:
     parser.add_argument("--out", type=output_file, default=Path("tools/reports/kernel-report.json"))
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))
     parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    parser.add_argument("--triton", metavar="VERSION", help="compile with this one instead of the one installed")
     options = parser.parse_args()
+    if options.triton not in (None, triton.__version__):
+        return with_triton(options.triton, sys.argv[1:])
     jobs = [(launch, arch) for arch in options.arch for launch in attn_launches(arch) + other_launches(arch)]
     unique = {f"{replace(launch, case='')} {arch}": (launch, arch) for launch, arch in jobs}
     with ProcessPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(_measure, unique.values()))
     print(tabulate(rows, headers="keys", tablefmt="simple"))
-    write_json(options.out, {"versions": _versions(), "rows": rows}, ensure_ascii=False)
+    write_json(options.out, merged(options.out, _versions(), rows), ensure_ascii=False)
     broken = [f"sm_{row['arch']} {row['kernel']} ({row['case']}): {fault}" for row in rows for fault in faults(row)]
-    print("\n".join(broken) or f"{len(rows)} kernels, no spills", file=sys.stderr if broken else sys.stdout)
+    said = f"Triton {triton.__version__}: {len(rows)} kernels, no spills"
+    print("\n".join(broken) or said, file=sys.stderr if broken else sys.stdout)
     return 1 if broken else 0
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -155,6 +156,42 @@ def _flash3(dense: Dense) -> Call:
     return call
 
 
+def _flash4(dense: Dense) -> Call:
+    """FlashAttention-4, in CuTe DSL: the package flash-attn-4."""
+    from flash_attn.cute import flash_attn_func
+
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (dense.q, dense.k, dense.v))
+
+    def call() -> Tensor:
+        out = flash_attn_func(q, k, v, softmax_scale=dense.scale, causal=False)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    return call
+
+
+def _given(where: str) -> Prepare:
+    """A peer of the user's own, FILE.py:FUNCTION: it takes contiguous q, k, v and the scale, as `Dense` has them, and
+    gives a call that returns (B, H, n, D).
+
+    Raises:
+        ValueError: no such file, or no such function in it.
+    """
+    path, _, name = where.rpartition(":")
+    if not Path(path).is_file():
+        raise ValueError(f"a peer is at {where!r}; it must be NAME=FILE.py:FUNCTION of a file that is there")
+    spec = spec_from_file_location(f"amskv_peer_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(prepare := getattr(module, name, None)):
+        raise ValueError(f"a peer is {name!r}; {path} has no function of that name")
+    return lambda dense: prepare(dense.q, dense.k, dense.v, dense.scale)
+
+
+def _not_given(_: Dense) -> Call:
+    raise UnavailableError("its code is not on PyPI: --peer 'HeatKV=FILE.py:FUNCTION' takes what a user has of it")
+
+
 def _flashinfer(dense: Dense) -> Call:
     """Its paged prefill, on pages of 16 in one run."""
     import flashinfer
@@ -202,7 +239,27 @@ PEERS = (
     Peer("FlexAttention", _flex, package="triton"),
     Peer("FlashInfer", _flashinfer, package="flashinfer"),
     Peer("FlashAttention-3", _flash3, package="flash_attn_interface"),
+    Peer("FlashAttention-4", _flash4, package="flash_attn.cute"),
+    Peer("HeatKV", _not_given),
 )
+_others: dict[str, Peer] = {}
+
+
+def add(text: str) -> None:
+    """One more peer, "NAME=FILE.py:FUNCTION"; one of a known name takes its place.
+
+    Raises:
+        ValueError: not of this form, or the function cannot be had.
+    """
+    name, _, where = text.partition("=")
+    _others[name] = Peer(name, _given(where), ("cuda", "cpu"))
+
+
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # the package that would hold it
+        return False
 
 
 def peer(which: Peer, inputs: CallInputs) -> Contestant:
@@ -211,7 +268,7 @@ def peer(which: Peer, inputs: CallInputs) -> Contestant:
     Raises:
         UnavailableError: its package is not installed.
     """
-    if which.package is not None and find_spec(which.package) is None:
+    if which.package is not None and not _installed(which.package):
         raise UnavailableError(f"{which.package} is not installed")
     calls = [which.prepare(inputs.dense(i)) for i in range(inputs.sets)]
     return Contestant(calls, lambda out: out.transpose(1, 2))
@@ -228,7 +285,7 @@ def line_up(inputs: CallInputs) -> dict[str, Callable[[], Contestant]]:
     if device == "cuda" and inputs.group.history:
         makers[CONTIGUOUS] = functools.partial(contiguous, inputs)
     makers[STOCK] = functools.partial(concatenation, inputs)
-    for which in PEERS:
+    for which in ({each.name: each for each in PEERS} | _others).values():
         if device in which.devices:
             makers[which.name] = functools.partial(peer, which, inputs)
     return makers

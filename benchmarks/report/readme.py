@@ -27,6 +27,7 @@ DEMO = ROOT / "examples" / "digits" / "results" / "demo.json"
 EVALUATION = ROOT / "examples" / "digits" / "results" / "evaluation.json"
 NATIVE_REPORT = ROOT / "tools" / "reports" / "native-report.json"
 FUZZ = ROOT / "tools" / "reports" / "fuzz.json"
+COMPATIBILITY = ROOT / "tools" / "reports" / "compatibility.json"
 SHOOTOUT = ROOT / "examples" / "digits" / "results" / "shootout.json"
 HEADLINE = (("var-d30", "full"), ("var-d30", "ams-kv:75"), ("var-d30", "ams-kv:84.83"), ("var-d36", "ams-kv:75"),
             ("infinity-2b", "ams-kv:75"), ("infinity-8b", "ams-kv:75"))  # fmt: skip
@@ -149,6 +150,36 @@ def _hopper_kernels() -> str:
     )
 
 
+def _compatibility() -> str:
+    """Torch releases by Pythons: where the wheel was tried, and where it was compiled as well."""
+    if not COMPATIBILITY.exists():
+        return NONE_YET
+    report = json.loads(COMPATIBILITY.read_text(encoding="utf-8"))
+    tried = [row for row in report["rows"] if row["kind"] == "wheel"]
+    pythons = sorted({row["asked"]["python"] for row in tried}, key=lambda version: int(version.split(".")[1]))
+    cells: dict[str, dict[str, str]] = {}
+    for row in tried:
+        said = "failed" if "failed" in row else "compiles, runs" if "compiled" in row else "runs"
+        cells.setdefault(row.get("torch", row["asked"]["torch"]), {})[row["asked"]["python"]] = said
+    lines = [
+        f"| torch {torch} | " + " | ".join(cells[torch].get(python, "") for python in pythons) + " |"
+        for torch in sorted(cells, key=lambda version: [int(part) for part in re.findall(r"\d+", version)[:3]])
+    ]
+    suites = [
+        f"The tests that need no GPU, on Python {row['python']}, torch {row['torch']}, Triton {row['triton']} and "
+        f"NumPy {row['numpy']}: {row['suite']['tests'] - row['suite']['skipped'] - len(row['suite']['broken'])} passed, "
+        f"{len(row['suite']['broken'])} failed, {row['suite']['skipped']} left out."
+        for row in report["rows"]
+        if "suite" in row
+    ]
+    head = ["| | " + " | ".join(f"Python {python}" for python in pythons) + " |", "|---" * (len(pythons) + 1) + "|"]
+    note = (
+        f"One wheel, `{report['wheel']}`, built with CUDA {report['nvcc']}; an empty field was not tried. *Compiles*: "
+        f"the library was also built against that torch's headers (`tools/reports/{COMPATIBILITY.name}`)."
+    )
+    return "\n".join([*head, *lines, "", " ".join([note, *suites])])
+
+
 def _pictures() -> str:
     lines = [f"![{Path(name).stem.replace('-', ' ')}](images/{name})" for name in plots.wanted(committed())]
     return "\n\n".join(lines) if lines else NONE_YET
@@ -224,6 +255,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "gpu-capacity": lambda: _newest("capacity", "cuda", _captioned(tables.capacity)),
     "last-calls": lambda: _newest("roof", None, _last_calls),
     "hopper-kernels": _hopper_kernels,
+    "compatibility": _compatibility,
     "roofs": lambda: _newest("roof", None, _roofs),
     "pictures": _pictures,
     "not-measured": lambda: "\n\n".join(f"`{r['file']}`\n\n{tables.missing(r)}" for r in committed() if r["missing"]),

@@ -285,8 +285,7 @@ def plan_launch(
     meta = {
         "G": group, "D": head_dim, "BD": padded(head_dim), "PS": page_size, "BM": tile.block_m, "BN": tile.block_n,
         "num_warps": tile.warps, "num_stages": tile.stages,
-        "maxnreg": None if tile.heads > 1 and group > 1 else tile.registers,
-        "enable_fp_fusion": True,
+        "maxnreg": tile.most_registers(group), "enable_fp_fusion": True,
     }  # fmt: skip
     if tile.heads > 1:
         grid = (triton.cdiv(kv_heads, tile.heads) * batch, 1, 1)

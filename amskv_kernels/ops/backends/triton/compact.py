@@ -17,6 +17,7 @@ from amskv_kernels.ops.backends.triton.common import (
 
 # Rows a program holds at once. Every row comes from two masked loads, one of which moves nothing.
 ROWS = 16
+REGISTERS = 64  # more than it takes; without a bound the assembler of Triton 3.6 aims at 40, and spills
 
 
 @triton.jit(
@@ -76,5 +77,5 @@ def compact(
         compact_kernel[programs,](
             pages, arena, src_slots, k, v, keep, dst_slots, *k.stride()[:3], *v.stride()[:3],
             *table_strides(src_slots), *table_strides(dst_slots), src_slots.shape[2], entries, keep.shape[2], kv_heads,
-            D=head_dim, BD=padded(head_dim), PS=page_size, ROWS=ROWS,
+            D=head_dim, BD=padded(head_dim), PS=page_size, ROWS=ROWS, maxnreg=REGISTERS,
         )  # fmt: skip

@@ -2,16 +2,25 @@
 
 A line is chosen from what a launch knows without asking the device: architecture, head size, element size, query
 rows of a KV head (n · G) and the length of the slot table. Nothing is tuned while a process serves;
-`benchmarks/tune.py` measures the candidates on the GPU at hand and prints lines to put here.
+`tools/tune.py` measures the candidates on the GPU at hand and prints lines to put here.
 
 Registers, shared memory and instructions named below are those of `make kernel-report`; where no measurement is
 named, there is none yet. Programs per multiprocessor follow from 64k registers and 228 KB (sm_90, sm_100), 164 KB
 (sm_80) or 100 KB (sm_86, sm_89, sm_120) of shared memory.
+
+Before Triton 3.9 the same tiles come out in more registers: where the bound of 3.9 would spill there, the line has a
+second tile. Both are compiled by `make kernel-report`.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+import triton
+
+OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
+# Packed heads with G > 1 need at least so many registers: a lower bound is not for them.
+GROUPED_REGISTERS = 168
 
 
 class Tile(NamedTuple):
@@ -25,8 +34,7 @@ class Tile(NamedTuple):
         full_first: full tiles in a loop of their own, unmasked. Pays where arithmetic is the limit; where a call is a
             few tiles it costs a second start of the pipeline.
         heads: KV heads packed into the program; 1 is the kernel that takes one.
-        registers: most registers of a thread, None for the compiler's choice; packed heads with G > 1 ignore it, they
-            would spill.
+        registers: most registers of a thread, None for the compiler's choice; see `most_registers`.
     """
 
     block_m: int
@@ -37,14 +45,29 @@ class Tile(NamedTuple):
     heads: int = 1
     registers: int | None = None
 
+    def most_registers(self, group: int) -> int | None:
+        """The bound for G query heads per KV head."""
+        if self.registers is None or self.heads == 1 or group == 1:
+            return self.registers
+        return max(self.registers, GROUPED_REGISTERS)
+
 
 class Line(NamedTuple):
-    """The tile of calls with at most `rows` query rows of a KV head and at most `entries` of its slot table."""
+    """The tile of calls with at most `rows` query rows of a KV head and at most `entries` of its slot table.
+
+    `old` is the tile for Triton before 3.9, where that needs another.
+    """
 
     rows: int
     tile: Tile
     reason: str
     entries: int = 1 << 30
+    old: Tile | None = None
+
+    @property
+    def chosen(self) -> Tile:
+        """The tile for the Triton at hand."""
+        return self.old if OLD_TRITON and self.old is not None else self.tile
 
 
 ANY = 1 << 30
@@ -53,12 +76,13 @@ ANY = 1 << 30
 _PACKED_64 = Line(
     16, Tile(16, 16, 4, 1, heads=4, registers=128),
     "not yet measured: one warp per head; the bound (164 without it) makes it 4 programs, so 16 heads per "
-    "multiprocessor, and still spills nothing", entries=2,
+    "multiprocessor, and still spills nothing; Triton 3.6 spills below 168", entries=2,
+    old=Tile(16, 16, 4, 1, heads=4, registers=168),
 )  # fmt: skip
 _PACKED_128 = Line(
     16, Tile(16, 16, 4, 1, heads=2),
-    "not yet measured: two warps per head, 156 registers; one warp per head takes 224 and halves the programs",
-    entries=2,
+    "not yet measured: two warps per head, 156 registers; one warp per head takes 224 and halves the programs; "
+    "Triton 3.6 spills on sm_100 unless given 192", entries=2, old=Tile(16, 16, 4, 1, heads=2, registers=192),
 )  # fmt: skip
 _ROWS_16 = Line(16, Tile(16, 32, 4, 3, False), "not yet measured: long history; memory-bound, 10 programs of 19 KB")
 _ROWS_32 = Line(32, Tile(32, 32, 4, 3, False), "not yet measured: memory-bound; many small programs")
@@ -82,7 +106,11 @@ LINES: dict[tuple[int, int], tuple[Line, ...]] = {
             64, Tile(64, 32, 4, 3, False, registers=224),
             "not yet measured: 128 rows would be half padding; unbounded, the assembler aims at 168 and spills",
         ),
-        Line(ANY, Tile(128, 64, 8, 3), "not yet measured: 98 KB fit all; 64 rows in 4 warps take 255 registers"),
+        Line(
+            ANY, Tile(128, 64, 8, 3),
+            "not yet measured: 98 KB fit all; 64 rows in 4 warps take 255 registers; Triton 3.6 spills at BLOCK_N 64",
+            old=Tile(128, 32, 8, 3),
+        ),
     ),
     (90, 64): (
         _PACKED_64,
@@ -92,7 +120,8 @@ LINES: dict[tuple[int, int], tuple[Line, ...]] = {
         Line(
             ANY, Tile(128, 64, 8, 3, registers=128),
             "not yet measured: wgmma; the bound (167 without it) makes it 2 programs, one's softmax under the other's "
-            "products; 64 rows would read K and V twice as often, BLOCK_N 128 spills",
+            "products; 64 rows would read K and V twice as often, BLOCK_N 128 spills; Triton 3.6 spills below 152",
+            old=Tile(128, 64, 8, 3, registers=168),
         ),
     ),
     (90, 128): (
@@ -121,7 +150,9 @@ LINES: dict[tuple[int, int], tuple[Line, ...]] = {
 # assembler spills under the bounds that keep sm_80's from it.
 for _head_dim in (64, 128):
     LINES[120, _head_dim] = tuple(
-        line if line.tile.heads > 1 else line._replace(tile=line.tile._replace(registers=None))
+        line
+        if line.tile.heads > 1
+        else line._replace(tile=line.tile._replace(registers=None), old=line.old and line.old._replace(registers=None))
         for line in LINES[80, _head_dim]
     )
 
@@ -144,7 +175,7 @@ def attn_tile(arch: int, head_dim: int, element_size: int, rows: int, entries: i
     """The tile of a call: the first line that takes it."""
     if element_size > 2:
         return FP32
-    return next(line.tile for line in lines(arch, head_dim) if rows <= line.rows and entries <= line.entries)
+    return next(line.chosen for line in lines(arch, head_dim) if rows <= line.rows and entries <= line.entries)
 
 
 def split_count(programs: int, tiles: int, processors: int) -> int:
