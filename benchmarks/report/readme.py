@@ -165,13 +165,13 @@ def _compatibility() -> str:
         f"| torch {torch} | " + " | ".join(cells[torch].get(python, "") for python in pythons) + " |"
         for torch in sorted(cells, key=lambda version: [int(part) for part in re.findall(r"\d+", version)[:3]])
     ]
-    suites = [
-        f"The tests that need no GPU, on Python {row['python']}, torch {row['torch']}, Triton {row['triton']} and "
-        f"NumPy {row['numpy']}: {row['suite']['tests'] - row['suite']['skipped'] - len(row['suite']['broken'])} passed, "
-        f"{len(row['suite']['broken'])} failed, {row['suite']['skipped']} left out."
-        for row in report["rows"]
-        if "suite" in row
-    ]
+    suites = []
+    for row in (row for row in report["rows"] if "suite" in row):
+        tests, left_out, failed = row["suite"]["tests"], row["suite"]["skipped"], len(row["suite"]["broken"])
+        suites.append(
+            f"The tests that need no GPU, on Python {row['python']}, torch {row['torch']}, Triton {row['triton']} and "
+            f"NumPy {row['numpy']}: {tests - left_out - failed} passed, {failed} failed, {left_out} left out."
+        )
     head = ["| | " + " | ".join(f"Python {python}" for python in pythons) + " |", "|---" * (len(pythons) + 1) + "|"]
     note = (
         f"One wheel, `{report['wheel']}`, built with CUDA {report['nvcc']}; an empty field was not tried. *Compiles*: "
