@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 
@@ -105,6 +106,54 @@ def test_the_cache_refuses_what_the_ops_refuse():
     with pytest.raises(RuntimeError, match="no backward"):
         torch.func.grad(lambda x: cache.attend(0, x, k, v).sum())(q)
     assert cache.step == 0
+
+
+NONSENSE = {
+    "no tensor": (0, None, None),
+    "no head size": (0, lambda q: q[..., :0], None),
+    "one dimension": (0, lambda q: q.flatten(), None),
+    "no dimension": (0, lambda q: q.sum(), None),
+    "five dimensions": (0, lambda q: q[None], None),
+    "integers": (0, lambda q: q.int(), None),
+    "elsewhere": (0, lambda q: q.to("meta"), None),
+    "heads that do not divide": (0, lambda q: torch.cat([q, q[:, :, :1]], 2), None),
+    "no heads": (0, lambda q: q[:, :, :0], None),
+    "last stride": (0, lambda q: q.transpose(2, 3).contiguous().transpose(2, 3), None),
+    "scale of text": (0, lambda q: q, "1"),
+    "scale of nothing": (0, lambda q: q, 0.0),
+    "scale that is none": (0, lambda q: q, float("nan")),
+    "layer of text": ("x", lambda q: q, None),
+    "layer that is none": (None, lambda q: q, None),
+    "layer of floats": (0.5, lambda q: q, None),
+}
+
+
+@pytest.mark.parametrize("what", NONSENSE)
+def test_nonsense_for_the_cache_is_one_clear_line(what):
+    layer, change, scale = NONSENSE[what]
+    plan = CachePlan.build(ScaleSchedule([(1, 1), (2, 2)]), Full(), 1)
+    cache = PagedKVCache(plan, batch=2, kv_heads=2, head_dim=64, dtype=torch.float32)
+    q, k, v = torch.randn(2, 1, 6, 64).split(2, dim=2)
+    with pytest.raises((TypeError, ValueError)) as caught:
+        cache.attend(layer, change(q) if change else None, k, v, scale)
+    assert "\n" not in str(caught.value)
+    assert cache.step == 0
+    assert (cache.pages == 0).all()
+    cache.attend(0, q, k, v)
+
+
+def test_a_copied_cache_writes_into_its_own_pool():
+    """The prepared calls of a cache hold its pool; a copy must make its own."""
+    plan = CachePlan.build(ScaleSchedule([(1, 1), (2, 2), (3, 3)]), Full(), 1)
+    cache = PagedKVCache(plan, batch=2, kv_heads=2, head_dim=64, dtype=torch.float32)
+    steps = [torch.randn(2, n, 6, 64).split(2, dim=2) for n in plan.schedule.tokens]
+    expected = [cache.attend(0, *step) for step in steps]
+    cache.reset()
+    twin = copy.deepcopy(cache)
+    cache.pages.fill_(torch.nan)
+    for step, want in zip(steps, expected, strict=True):
+        torch.testing.assert_close(twin.attend(0, *step), want)
+    assert cache.pages.isnan().all()
 
 
 def everything(result: object) -> list[torch.Tensor]:

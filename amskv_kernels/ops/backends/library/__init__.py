@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 
 from amskv_kernels.ops.checks import PlannedAttn
+from amskv_kernels.ops.guard import refuse_backward
 
 LIBRARY = Path(__file__).parents[3] / "libamskv.so"
+_OPS = ("attn_cpu", "append_cpu", "prepare_qk_cpu", "attn_cuda", "attn_hopper", "append_cuda")
+_REFUSALS = torch.library.Library("amskv", "FRAGMENT")  # the library's own ops have no backward either
 LEAST_TORCH = (2, 10)  # the stable ABI that the library is built for
 
 
@@ -35,6 +38,7 @@ def why_not_loaded() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"libamskv.so does not load: {error}"
+    refuse_backward(_REFUSALS, [name for name in _OPS if hasattr(torch.ops.amskv, name)])
     return None
 
 
