@@ -49,7 +49,8 @@ def attn(
         read_slots: (B|1, Hkv|1, S) int32; size-1 dimensions broadcast, S may be 0.
         write_slots: as read_slots, with its own S.
         softmax_scale: finite and above 0. Logits are exact up to 1.8 · 10⁸ in magnitude, as far as fp32 holds the
-            products q · k; beyond, up to 10³², only weights below 2⁻¹⁶ of a row's largest are lost.
+            products q · k; beyond, up to 10³², only weights below 2⁻¹⁶ of a row's largest are lost. Where Triton
+            splits a row's keys, each part's weight carries the rounding of its lse, 2⁻²⁴ of it.
 
     Returns:
         out (B, n, H, D), contiguous, q's dtype, and lse (B, H, n) fp32, natural log.

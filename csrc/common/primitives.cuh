@@ -158,14 +158,17 @@ __device__ __forceinline__ Chunk load_shared_16(SharedAddress from) {
     return c;
 }
 
-// One kernel launch; blocks may ask for more than the 48 KiB of shared memory that need no asking.
+// One kernel launch; blocks may ask for more than the 48 KiB of shared memory that need no asking. The first launch
+// loads the kernel, which a stream under capture allows in the relaxed mode alone.
 template <typename Args>
 Error launch(const char*, void (*kernel)(Args), int blocks, int threads, int shared_bytes, Stream stream, Args args) {
-    if (const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-        error != cudaSuccess) {
-        return error;
-    }
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    if (const cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode); error != cudaSuccess) return error;
+    const cudaError_t loaded =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t restored = cudaThreadExchangeStreamCaptureMode(&mode);
+    if (loaded != cudaSuccess) return loaded;
+    if (restored != cudaSuccess) return restored;
     void* arguments[] = {&args};
     const void* function = reinterpret_cast<const void*>(kernel);
     return cudaLaunchKernel(function, dim3(blocks), dim3(threads), arguments, shared_bytes, stream);

@@ -312,6 +312,7 @@ __device__ __forceinline__ void compute(const Args& args, const Pipeline<Tile>& 
         store_out(args, item, pipeline, me, registers, scale_log2);
     }
     if (me.thread() == 0) tma_store_wait_read();
+    if (me.index == 0 && !me.shares_rows) me.scheduler_wait();  // for the last one's arrival, that no barrier is left open
 }
 
 template <class Tile>

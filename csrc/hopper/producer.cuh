@@ -101,7 +101,7 @@ __device__ __forceinline__ Chunk named_keys(const KeyBox& box, int page_shift, i
 }
 
 // The same of a tile with `left` keys.
-__device__ __forceinline__ Chunk first_keys(int left, int lane) {
+__device__ __forceinline__ Chunk leading_keys(int left, int lane) {
     Chunk named;
 #pragma unroll
     for (int word = 0; word < 4; ++word) named.word[word] = ballot(word * kWarpLanes + lane < left);
@@ -120,7 +120,7 @@ __device__ __forceinline__ void load_queries(const Args& args, const Item& item,
     }
 }
 
-// Loads a box of `columns` panels into every panel of a tile.
+// Loads a box into a tile, a panel of its columns after the other.
 template <class Tile>
 __device__ __forceinline__ void load_panels(SharedAddress to, const TensorMap& map, Box box, SharedAddress barrier) {
 #pragma unroll 1
@@ -168,7 +168,7 @@ __device__ __forceinline__ void load(const Args& args, const Pipeline<Tile>& pip
             const int row = (tile - args.paged_tiles) * Tile::kKeys;
             const SharedAddress full = pipeline.full(part, state.now), to = pipeline.tile(part, state.now);
             pipeline.wait_empty(part, state.now);
-            const Chunk named = first_keys(args.params.tokens - row, lane);
+            const Chunk named = leading_keys(args.params.tokens - row, lane);
             if (lane > 0) continue;
             if (part == kKeys) store_shared_16(pipeline.mask(state.now), named);
             mbarrier_expect(full, Tile::kStageBytes);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -109,6 +110,30 @@ def needs_hopper():
 @pytest.mark.parametrize("case", FIRST, ids=str)
 def test_first_hopper(case):
     check_on_a_gpu(torch.ops.amskv.attn_hopper, replace(case, hopper=(128, 1)))
+
+
+CAPTURED_FIRST = """
+import sys, torch
+from amskv_kernels.ops.backends import library
+assert library.why_not_loaded() is None
+q, k, v = torch.randn(1, 100, 6, 64, dtype=torch.bfloat16, device="cuda").split(2, 2)
+pages = torch.zeros(2, 2, 16, 64, dtype=torch.bfloat16, device="cuda")
+arena = torch.zeros(1, 2, dtype=torch.int32, device="cuda")
+none = torch.zeros(1, 1, 0, dtype=torch.int32, device="cuda")
+call = lambda: getattr(torch.ops.amskv, sys.argv[1])(q, k, v, pages, arena, none, none, 0.125)
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    out, lse = call()
+graph.replay()
+assert torch.equal(out, call()[0])
+"""
+
+
+@pytest.mark.parametrize("op", ["attn_cuda", "attn_hopper"])
+def test_the_first_call_of_a_process_may_be_captured(op):
+    """A kernel is loaded when it is first launched, which capture forbids unless asked to be lenient."""
+    child = subprocess.run([sys.executable, "-c", CAPTURED_FIRST, op], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-2000:]
 
 
 @pytest.mark.usefixtures("needs_hopper")

@@ -136,6 +136,13 @@ void Executor::finish() {
 }
 
 void Executor::finish_block() {
+    for (size_t id = 0; id < barriers_.size(); ++id) {
+        if (barriers_[id].arrived > 0) {
+            throw std::runtime_error(
+                kernel_ + ", block " + std::to_string(block_) + ": ends with " + std::to_string(barriers_[id].arrived) +
+                " threads at named barrier " + std::to_string(id) + ", which nobody waits at");
+        }
+    }
     if (!loads_.empty()) fail("the block ends while this bulk load is under way", loads_[0].where);
     for (const Warp& warp : warps_) {
         if (!warp.open.empty()) fail("ends with a wgmma that no group holds", warp.open[0].where);

@@ -85,6 +85,10 @@ HOPPER_FAULTS = [
         r"no thread can go on:(\n|.)*in bar\.sync", id="a scheduler barrier that nobody comes to",
     ),
     pytest.param(
+        KERNEL, "    if (me.index == 0 && !me.shares_rows) me.scheduler_wait();", "",
+        "ends with 128 threads at named barrier 3", id="a scheduler barrier left open",
+    ),
+    pytest.param(
         PRODUCER, "                    tma_store_wait_read();\n                }\n                pipeline.release",
         "                }\n                pipeline.release", "bulk store that nothing waited for",
         id="a stage released before its bulk store has read it",
