@@ -29,7 +29,7 @@ inline std::string shape_of(const Tensor& x) {
     return text + ")";
 }
 
-// Whose kernels are called: the GPU's take 16-bit elements and pages aligned to 16 bytes, the CPU's fp32 and any address.
+// Whose kernels are called: the GPU's take 16-bit elements and pages at multiples of 16 bytes, the CPU's fp32 too.
 enum class Kernel { kGpu, kCpu };
 
 inline void check_rows(const char* name, const Tensor& x, const char* layout, Kernel kernel = Kernel::kGpu) {

@@ -121,7 +121,8 @@ void append_cpu(Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor write_slo
 }
 
 // One of prepare_qk's tables of fp32; null where it is not given.
-const float* floats(const char* name, const std::optional<Tensor>& x, const Tensor& qkv, int64_t rows, int64_t columns) {
+const float* floats(
+    const char* name, const std::optional<Tensor>& x, const Tensor& qkv, int64_t rows, int64_t columns) {
     if (!x) return nullptr;
     if (x->scalar_type() != ScalarType::Float)
         refuse(name, " is ", torch::headeronly::toString(x->scalar_type()), "; it must be Float");

@@ -54,7 +54,8 @@ int32_t rows_of(const char* name, const Pool& pool, int64_t first, int32_t slot)
     return rows;
 }
 
-void check_written(const Pool& pool, int64_t first, const int32_t* slots, int32_t count, int32_t tokens, Readable& readable) {
+void check_written(
+    const Pool& pool, int64_t first, const int32_t* slots, int32_t count, int32_t tokens, Readable& readable) {
     int64_t total = 0;
     int32_t lead = 0;  // rows of the first page
     for (int32_t i = 0; i < count; ++i) {
@@ -83,7 +84,9 @@ void check_tables(
     const auto for_each_head = [&](const SlotTable& table, auto&& check) {
         for (int32_t b = 0; b < batch && table.count > 0; ++b) {
             for (int32_t h = 0; h < kv_heads; ++h)
-                check(int64_t{pool.arena[b * kv_heads + h]}, table.data + b * table.batch_stride + h * table.head_stride);
+                check(
+                    int64_t{pool.arena[b * kv_heads + h]},
+                    table.data + b * table.batch_stride + h * table.head_stride);
         }
     };
     for_each_head(read, [&](int64_t first, const int32_t* slots) {
@@ -100,8 +103,8 @@ void check_tables(
             const int32_t rows = slots[i] & kRowsMask;
             if (rows > 0 && rows > readable.of(page)) {
                 refuse(
-                    "page ", page, " is both read and written in one call; read_slots and write_slots must not name the "
-                    "same rows");
+                    "page ", page,
+                    " is both read and written in one call; read_slots and write_slots must not name the same rows");
             }
         }
     });

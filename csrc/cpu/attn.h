@@ -7,9 +7,19 @@
 namespace amskv::cpu {
 namespace {
 
-// Turn kLanes rows of as many elements, each scaled, into columns: to[i][j] = scale · from[j][i], rows of `to` kTile apart.
+// Turns kLanes rows of as many elements into columns, scaled: to[i][j] = scale · from[j][first + i], rows of `to` kTile
+// apart; a row that is null is zeros.
 template <typename T>
 void transpose(const T* const* from, int first, float scale, float* to) {
+    if (!from[2]) {  // one row or two: cheaper element by element
+        for (int i = 0; i < kLanes; ++i) store(to + i * kTile, Vec{});
+        for (int j = 0; j < 2 && from[j]; ++j) {
+            float row[kLanes];
+            store(row, load(from[j] + first) * scale);
+            for (int i = 0; i < kLanes; ++i) to[i * kTile + j] = row[i];
+        }
+        return;
+    }
     Vec x[kLanes], y[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) x[i] = from[i] ? load(from[i] + first) * scale : Vec{};
@@ -38,22 +48,20 @@ template <typename T>
 void begin_tile(const AttnParams& p, int batch, int head, int first, int rows, Tile& tile) {
     constexpr double kLog2E = 1.4426950408889634;
     const float scale = static_cast<float>(p.softmax_scale * kLog2E);
+    const T* const q = static_cast<const T*>(p.q.data);
     tile.rows = rows, tile.vectors = (rows + kLanes - 1) / kLanes;
     for (int j = 0; j < tile.vectors; ++j) {
-        const T* from[kLanes];
-        for (int i = 0; i < kLanes; ++i) {
-            const int row = j * kLanes + i;
-            from[i] = row < rows ? static_cast<const T*>(p.q.data) + query_offset(p, batch, head, first + row) : nullptr;
-        }
-        for (int d = 0; d < p.head_dim; d += kLanes) transpose(from, d, scale, tile.q + d * kTile + j * kLanes);
-        store(tile.largest + j * kLanes, broadcast(-kInfinity));
-        store(tile.total + j * kLanes, Vec{});
+        const int begin = j * kLanes, end = rows - begin < kLanes ? rows - begin : kLanes;
+        const T* from[kLanes] = {};
+        for (int i = 0; i < end; ++i) from[i] = q + query_offset(p, batch, head, first + begin + i);
+        for (int d = 0; d < p.head_dim; d += kLanes) transpose(from, d, scale, tile.q + d * kTile + begin);
+        store(tile.largest + begin, broadcast(-kInfinity));
+        store(tile.total + begin, Vec{});
     }
     for (int i = 0; i < rows * p.head_dim; i += kLanes) store(tile.out + i, Vec{});
 }
 
-// Walks the keys of one sequence and head, the rows that the slots name and then the current scale, a block at a time
-// and one block ahead, so that the rows to come can be fetched early.
+// Walks the keys of one sequence and head, the rows that the slots name and then the current scale, a block at a time.
 template <typename T>
 class Keys {
 public:
@@ -62,12 +70,12 @@ public:
         arena_ = p.pool.arena[batch * p.kv_heads + head];
         k_ = static_cast<const T*>(p.k.data) + batch * p.k.batch_stride + head * p.k.head_stride;
         v_ = static_cast<const T*>(p.v.data) + batch * p.v.batch_stride + head * p.v.head_stride;
-        list();
     }
 
-    // Makes the next block the current one, as pointers in `scratch`; how many rows it has, 0 at the end. fp32 rows of a
-    // page are read where they lie; those of the current scale are far apart and read many times.
+    // The next block, as pointers in `scratch`; how many rows it has, 0 at the end. fp32 rows of a page are read where
+    // they lie; those of the current scale are far apart and read many times, so they are copied.
     int next(Scratch& scratch) {
+        list();
         const int count = count_;
         const int in_place = sizeof(T) == sizeof(float) ? paged_ : 0;
         for (int i = 0; i < in_place; ++i) {
@@ -79,19 +87,7 @@ public:
             scratch.values[i] = copy(values_[i], scratch.value_copies + i * p_.head_dim);
         }
         for (int i = 0; count > 0 && i < kPastEnd; ++i) scratch.keys[count + i] = scratch.keys[count - 1];
-        list();
         return count;
-    }
-
-    // Fetches rows of the block after the current one: those from `part` to `end`, in units of 1/parts.
-    void fetch_ahead(int part, int end, int parts) const {
-        constexpr int kLine = 64 / sizeof(T);
-        for (int i = count_ * part / parts; i < count_ * end / parts; ++i) {
-            for (int d = 0; d < p_.head_dim; d += kLine) {
-                __builtin_prefetch(keys_[i] + d, 0, 2);
-                __builtin_prefetch(values_[i] + d, 0, 2);
-            }
-        }
     }
 
 private:
@@ -133,7 +129,8 @@ void end_tile(const AttnParams& p, int batch, int head, int first, const Tile& t
     const int group = p.heads / p.kv_heads;
     for (int i = 0; i < tile.rows; ++i) {
         const int64_t token = (first + i) % p.tokens, query_head = head * group + (first + i) / p.tokens;
-        T* const out = static_cast<T*>(p.out) + ((batch * int64_t{p.tokens} + token) * p.heads + query_head) * p.head_dim;
+        const int64_t row = (batch * int64_t{p.tokens} + token) * p.heads + query_head;
+        T* const out = static_cast<T*>(p.out) + row * p.head_dim;
         const float inverse = tile.total[i] == 0 ? 0 : 1 / tile.total[i];  // 0: no key, or a score of −∞ with each
         for (int d = 0; d < p.head_dim; d += kLanes) store(out + d, load(tile.out + i * p.head_dim + d) * inverse);
         p.lse[(batch * int64_t{p.heads} + query_head) * p.tokens + token] =
@@ -159,11 +156,8 @@ void attn_task(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& s
     while (const int count = keys.next(scratch)) {
         for (int i = 0; i < tiles; ++i) {
             Tile& tile = scratch.tiles[i];
-            const auto fetch_ahead = [&](int from, int to) {
-                keys.fetch_ahead(i * kBlock + from, i * kBlock + (to < kBlock ? to : kBlock), tiles * kBlock);
-            };
             for (int j = 0; j < tile.vectors * kLanes; j += kLanes) store(scratch.largest + j, load(tile.largest + j));
-            score_keys(scratch.keys, count, tile.q, p.head_dim, tile.vectors, scratch.scores, scratch.largest, fetch_ahead);
+            score_keys(scratch.keys, count, tile.q, p.head_dim, tile.vectors, scratch.scores, scratch.largest);
             weigh_keys(scratch.scores, count, tile.vectors, scratch.largest, tile.largest, tile.total, scratch.decay);
             add_values(scratch.values, count, scratch.scores, scratch.decay, tile.rows, p.head_dim, tile.out);
         }

@@ -1,4 +1,4 @@
-// The CPU kernels: what each instruction set offers, and how a call is cut into tasks for whoever has threads. No torch.
+// The CPU kernels: what each instruction set offers, and how a call is cut into tasks for whoever has threads.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@ inline constexpr int kMostTiles = 16;  // tiles of a task, which share each bloc
 inline constexpr int kMostHeadDim = 128;
 inline constexpr int kPastEnd = 8;  // rows past the last that a kernel may touch
 
-// How a call of attn is cut. A task is up to kMostTiles tiles of query rows of one KV head; the query heads that share it
-// are just more rows. Results do not depend on the cut.
+// How a call of attn is cut. A task is up to kMostTiles tiles of query rows of one KV head; the query heads that share
+// it are just more rows. Results do not depend on the cut.
 struct AttnCut {
     int32_t rows;  // query rows of a KV head
     int32_t tiles_per_task, tasks_per_head;

@@ -18,12 +18,10 @@ inline constexpr int kValueVectors = kLanes == 16 ? 4 : 2;
 
 // Scores of a block: scores[key][row] = Σ keys[key][d] · q[d][row], for kVectors vectors of rows; `largest` grows with
 // them. Past `count` the last key stands again, up to a multiple of what is taken at a time.
-template <int kVectors, typename Between>
-void score_strip(
-    const float* const* keys, int count, const float* q, int head_dim, float* scores, float* largest, Between between) {
+template <int kVectors>
+void score_strip(const float* const* keys, int count, const float* q, int head_dim, float* scores, float* largest) {
     constexpr int kKeys = keys_at_once(kVectors);
     for (int first = 0; first < count; first += kKeys) {
-        between(first, first + kKeys);
         Vec sum[kKeys][kVectors] = {};
         const float* row[kKeys];
         for (int i = 0; i < kKeys; ++i) row[i] = keys[first + i];
@@ -52,19 +50,17 @@ void score_strip(
 }
 
 // All vectors of a tile, strip by strip. `keys` and `scores` have room for kPastEnd more than `count`.
-template <typename Between>
 inline void score_keys(
-    const float* const* keys, int count, const float* q, int head_dim, int vectors, float* scores, float* largest,
-    Between between) {
+    const float* const* keys, int count, const float* q, int head_dim, int vectors, float* scores, float* largest) {
     int done = 0;
     for (; done + kStrip <= vectors; done += kStrip) {
         const int at = done * kLanes;
-        score_strip<kStrip>(keys, count, q + at, head_dim, scores + at, largest + at, between);
+        score_strip<kStrip>(keys, count, q + at, head_dim, scores + at, largest + at);
     }
     q += done * kLanes, scores += done * kLanes, largest += done * kLanes;
-    if (vectors - done == 1) score_strip<1>(keys, count, q, head_dim, scores, largest, between);
-    if (kStrip > 2 && vectors - done == 2) score_strip<2>(keys, count, q, head_dim, scores, largest, between);
-    if (kStrip > 2 && vectors - done == 3) score_strip<3>(keys, count, q, head_dim, scores, largest, between);
+    if (vectors - done == 1) score_strip<1>(keys, count, q, head_dim, scores, largest);
+    if (kStrip > 2 && vectors - done == 2) score_strip<2>(keys, count, q, head_dim, scores, largest);
+    if (kStrip > 2 && vectors - done == 3) score_strip<3>(keys, count, q, head_dim, scores, largest);
 }
 
 // Scores, in units of log 2, become weights relative to the largest so far, `now`, which was `before`; `decay` is what
@@ -121,7 +117,8 @@ void add_rows(
 
 // All rows of a tile; up to kPastEnd rows more are computed and mean nothing.
 inline void add_values(
-    const float* const* values, int count, const float* weights, const float* decay, int rows, int head_dim, float* out) {
+    const float* const* values, int count, const float* weights, const float* decay, int rows, int head_dim,
+    float* out) {
     for (int row = 0; row < rows; row += kRowsAtOnce) {
         const auto add = head_dim % (kValueVectors * kLanes) == 0 ? add_rows<kValueVectors> : add_rows<3>;
         add(values, count, weights + row, decay + row, head_dim, out + row * head_dim);

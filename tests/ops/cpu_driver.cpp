@@ -1,0 +1,154 @@
+// Random calls of the CPU kernels in every instruction set, each array on the heap with not an element to spare,
+// against the definition in double. Exits with 1 at the first difference; test_cpu_sanitized.py compiles it.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cpu/cpu.h"
+
+using namespace amskv;
+
+namespace {
+
+std::mt19937 rng(20260101);
+int below(int limit) { return static_cast<int>(rng() % limit); }
+float normal() { return std::normal_distribution<float>()(rng); }
+
+struct Call {
+    int batch = 1 + below(2), kv_heads = 1 + below(2), group = 1 + below(3), tokens = 1 + below(150);
+    int head_dim = 64 + 32 * below(3), page_size = 16 << below(4);
+    int gap = below(3);  // elements between the rows of q, k and v
+    std::vector<int32_t> read, write, arena;
+    std::vector<float> pages, q, k, v, out, lse;
+
+    Call() {
+        for (int i = below(5); i > 0; --i) read.push_back(below(page_size + 1));
+        const int held = below(2) ? below(page_size) : 0;
+        for (int left = below(2) ? tokens + held : 0; left > 0; left -= write.back())
+            write.push_back(std::min(left, write.empty() ? std::max(held + 1, page_size) : 1 + below(page_size)));
+        const int span = static_cast<int>(read.size() + write.size());
+        for (int i = 0; i < span; ++i) {
+            int32_t& slot = i < static_cast<int>(read.size()) ? read[i] : write[i - read.size()];
+            slot |= (span - 1 - i) << kRowsBits;
+        }
+        if (held && !write.empty()) read.push_back((write[0] >> kRowsBits << kRowsBits) | held);
+        for (int i = 0; i < batch * kv_heads; ++i) arena.push_back(i * span);
+        pages.assign(int64_t{batch} * kv_heads * span * 2 * half_page(), std::numeric_limits<float>::quiet_NaN());
+        for (int i = 0; i < batch * kv_heads; ++i) {
+            for (const int32_t slot : read) {
+                float* const page = pages.data() + (arena[i] + (slot >> kRowsBits)) * 2 * half_page();
+                for (int j = 0; j < (slot & 255) * head_dim; ++j) page[j] = normal(), page[half_page() + j] = normal();
+            }
+        }
+        for (auto* x : {&q, &k, &v}) {
+            const int64_t rows = int64_t{batch} * tokens * kv_heads * (x == &q ? group : 1);
+            x->resize(rows * (head_dim + gap) - gap);
+            for (float& value : *x) value = normal();
+        }
+        out.resize(int64_t{batch} * tokens * kv_heads * group * head_dim);
+        lse.resize(int64_t{batch} * tokens * kv_heads * group);
+    }
+
+    int64_t half_page() const { return int64_t{page_size} * head_dim; }
+
+    Rows rows(const std::vector<float>& x, int heads) const {
+        const int64_t row = head_dim + gap;
+        return {x.data(), tokens * heads * row, heads * row, row};
+    }
+
+    AttnParams params() {
+        const auto table = [](const std::vector<int32_t>& x) {
+            return SlotTable{x.data(), 0, 0, static_cast<int32_t>(x.size())};
+        };
+        const auto num_pages = static_cast<int32_t>(pages.size() / (2 * half_page()));
+        return {
+            rows(q, kv_heads * group), rows(k, kv_heads), rows(v, kv_heads),
+            Pool{pages.data(), arena.data(), page_size, num_pages}, table(read), table(write), out.data(), lse.data(),
+            0.125f, batch, tokens, kv_heads * group, kv_heads, head_dim, DType::kFloat32};
+    }
+
+    // Largest difference of one sequence and query head from the definition, whose history is that of `before`.
+    double error(const std::vector<float>& before, int b, int head) const {
+        const int kv_head = head / group, heads = kv_heads * group;
+        std::vector<const float*> keys, values;
+        for (const int32_t slot : read) {
+            const int64_t page = arena[b * kv_heads + kv_head] + (slot >> kRowsBits);
+            for (int row = 0; row < (slot & 255); ++row) {
+                keys.push_back(before.data() + (page * 2 * page_size + row) * head_dim);
+                values.push_back(keys.back() + page_size * head_dim);
+            }
+        }
+        for (int token = 0; token < tokens; ++token) {
+            const int64_t row = (int64_t{b} * tokens + token) * kv_heads + kv_head;
+            keys.push_back(k.data() + row * (head_dim + gap)), values.push_back(v.data() + row * (head_dim + gap));
+        }
+        double worst = 0;
+        for (int token = 0; token < tokens; ++token) {
+            const int64_t row = (int64_t{b} * tokens + token) * heads + head;
+            std::vector<double> weighed(head_dim);
+            double total = 0;
+            for (size_t i = 0; i < keys.size(); ++i) {
+                double score = 0;
+                for (int d = 0; d < head_dim; ++d) score += double{q[row * (head_dim + gap) + d]} * keys[i][d];
+                const double weight = std::exp(0.125 * score);
+                total += weight;
+                for (int d = 0; d < head_dim; ++d) weighed[d] += weight * values[i][d];
+            }
+            for (int d = 0; d < head_dim; ++d)
+                worst = std::max(worst, std::abs(out[row * head_dim + d] - weighed[d] / total));
+            worst = std::max(worst, std::abs(lse[(int64_t{b} * heads + head) * tokens + token] - std::log(total)));
+        }
+        return worst;
+    }
+};
+
+bool check_attn(const cpu::InstructionSet& set, cpu::Scratch& scratch) {
+    Call call;
+    const std::vector<float> before = call.pages;
+    const AttnParams params = call.params();
+    const cpu::AttnCut cut = cpu::cut_attn(params, 1 + below(8));
+    for (int64_t task = cut.tasks; task-- > 0;) set.attn(params, cut, task, scratch);  // any order
+    for (int b = 0; b < call.batch; ++b) {
+        for (int head = 0; head < params.heads; ++head) {
+            const double error = call.error(before, b, head);
+            if (!(error < 2e-5)) {
+                std::printf("%s: attn differs by %g: n %d, head_dim %d\n", set.name, error, call.tokens, call.head_dim);
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+void run_prepare_qk(const cpu::InstructionSet& set) {
+    constexpr DType kTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
+    const DType dtype = kTypes[below(3)];
+    const int tokens = 1 + below(5), heads = 2, kv_heads = 1 + below(2), head_dim = 64 + 32 * below(3);
+    const int64_t row = heads + 2 * kv_heads, bytes = tokens * head_dim * (dtype == DType::kFloat32 ? 4 : 2);
+    std::vector<char> qkv(row * bytes), q(heads * bytes), k(kv_heads * bytes);
+    for (char& x : qkv) x = static_cast<char>(rng());  // any bits
+    const std::vector<float> scale(heads, 2), angles(tokens * head_dim / 2, 0.5f);
+    const cpu::PrepareParams params{
+        {qkv.data(), 0, row * head_dim, head_dim}, scale.data(), angles.data(), angles.data(), q.data(), k.data(),
+        tokens, heads, kv_heads, head_dim, dtype, true, 1e-12f};
+    for (int token = 0; token < tokens; ++token) set.prepare_qk(params, token);
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+    const auto scratch = std::make_unique<cpu::Scratch>();
+    for (int rank = 0; const cpu::InstructionSet* set = cpu::instruction_set(rank); ++rank) {
+        for (int i = std::atoi(arguments[1]); i > 0; --i) {
+            if (!check_attn(*set, *scratch)) return 1;
+            run_prepare_qk(*set);
+        }
+        std::printf("%s\n", set->name);
+    }
+    return 0;
+}
