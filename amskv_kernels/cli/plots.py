@@ -142,3 +142,15 @@ def losses(measured: Losses, path: str | Path) -> None:
     axes[0].set_ylabel("layer")
     figure.suptitle(f"What forgetting costs {measured.model}, {counted(measured.images, 'image')}")
     save(figure, path)
+
+
+def strips(pictures: Mapping[str, Any], path: str | Path) -> None:
+    """A contact sheet: for each name one strip, (h, w, 3) in [0, 1]."""
+    height, width = next(iter(pictures.values())).shape[:2]
+    figure, axes = new_figure(10, 10 * height / width * len(pictures) + 0.4, rows=len(pictures))
+    for axis, (name, strip) in zip(np.atleast_1d(axes), pictures.items(), strict=True):
+        axis.imshow(strip)
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+        axis.set_xticks([])
+        axis.set_yticks([])
+    save(figure, path)

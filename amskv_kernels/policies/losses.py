@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from amskv_kernels.arguments import instance_of, whole_number
-from amskv_kernels.files import check_fits, finite_table, read_fields, write_json
+from amskv_kernels.files import check_fits, finite_table, read_fields, read_json, write_json
 from amskv_kernels.policies.calibration import rank_layers
 from amskv_kernels.schedule import ScaleSchedule
 
@@ -176,6 +176,16 @@ def _numbers(name: str, raw: Any, layers: int, heads: int, count: int) -> Array:
     if any(type(x) not in (int, float) for head in flat for x in head):
         raise TypeError(f"{name} holds something that is no number")
     return np.asarray(flat, dtype=np.float64).reshape(layers, heads, count)
+
+
+def is_losses(path: str | Path) -> bool:
+    """Whether a file says that it holds losses, of whatever version.
+
+    Raises:
+        ValueError: it cannot be read, or is not JSON.
+    """
+    raw = read_json(path, "calibration")
+    return isinstance(raw, dict) and str(raw.get("format")).startswith("amskv-losses")
 
 
 def check_by(by: object) -> None:

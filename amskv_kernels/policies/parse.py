@@ -15,7 +15,7 @@ from amskv_kernels.policies.calibration import Calibration
 from amskv_kernels.policies.drafters import Drafters
 from amskv_kernels.policies.fitted import LeastLoss, Lifetimes
 from amskv_kernels.policies.heads import HeadOrders, HeatKV
-from amskv_kernels.policies.losses import Losses, check_by
+from amskv_kernels.policies.losses import Losses, check_by, is_losses
 from amskv_kernels.policies.tokens import H2O, PyramidKV, Recent, ScaleKV, SnapKV
 from amskv_kernels.policies.whole_scale import AMSKV, Full, Sink, SlidingWindow
 from amskv_kernels.schedule import ScaleSchedule
@@ -156,15 +156,17 @@ def _mode(text: str) -> str:
 
 
 def _amskv(values: list[Any], path: str | None, schedule: ScaleSchedule, num_layers: int) -> Policy:
-    ranking = None
-    if path is not None:
+    measured: dict[str, Any] = {}
+    if path is not None and is_losses(path):
+        measured["losses"] = Losses.load(path)
+    elif path is not None:
         calibration = Calibration.load(path)
         calibration.check_fits(schedule, num_layers)
-        ranking = calibration.ranking
+        measured["ranking"] = calibration.ranking
     [saved] = values
     if isinstance(saved, Tokens | Share):
-        return AMSKV.for_budget(schedule, num_layers, saved, ranking)
-    return AMSKV.for_saving(schedule, num_layers, saved, ranking)
+        return AMSKV.for_budget(schedule, num_layers, saved, **measured)
+    return AMSKV.for_saving(schedule, num_layers, saved, **measured)
 
 
 def _scalekv(values: list[Any], path: str | None, schedule: ScaleSchedule, num_layers: int) -> Policy:

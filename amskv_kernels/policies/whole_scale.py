@@ -19,6 +19,7 @@ from amskv_kernels.policies.base import (
     layer_set,
 )
 from amskv_kernels.policies.budgets import ROUNDING, Budget, budget_mean
+from amskv_kernels.policies.losses import Losses
 from amskv_kernels.schedule import ScaleSchedule
 
 Unit = Literal["tokens", "scales"]
@@ -119,6 +120,7 @@ class AMSKV(Policy):
         saved: float,
         ranking: Sequence[int] | None = None,
         condensed: int = 2,
+        losses: Losses | None = None,
     ) -> AMSKVCapacity:
         """The capacity setting that saves at least the share `saved` of all tokens, AMS-KV's own convention.
 
@@ -137,7 +139,7 @@ class AMSKV(Policy):
                 f"saved is {saved:.4f}; with {shown(condensed)} condensed scales, schedule {schedule.name} can save "
                 f"more than 0 and at most {most:.4f} of all tokens"
             )
-        return _with_mean(schedule, num_layers, (1 - saved + 5e-5) * schedule.total, ranking, condensed)
+        return _with_mean(schedule, num_layers, (1 - saved + 5e-5) * schedule.total, ranking, condensed, losses)
 
     @staticmethod
     def for_budget(
@@ -146,15 +148,17 @@ class AMSKV(Policy):
         budget: Budget,
         ranking: Sequence[int] | None = None,
         condensed: int = 2,
+        losses: Losses | None = None,
     ) -> AMSKVCapacity:
         """The capacity setting that holds most of `budget` tokens per layer, and no more, on the mean over layers.
 
-        Efficient layers get the largest of "condensed + one scale" and "condensed + the last r prefix scales"
-        that fits the mean. Demanding layers get a larger window of the last 2, 3 or 4 prefix scales, whichever
-        lets most of the mean be spent, and as many layers are demanding as the mean allows: the first of
-        `ranking` (most demanding first), which without a calibration is layer order, since the paper finds
-        early layers demanding. Never storing the last scale saves 38 … 46 % by itself: a budget of more than the
-        rest drops nothing. The policy serves this schedule and depth alone.
+        Efficient layers get the most that all layers can have, demanding ones a larger capacity, the one that lets most
+        of the mean be spent, and as many layers are demanding as the mean allows: the first of `ranking`. Without a
+        ranking that is layer order, since the paper finds early layers demanding, the first layer last: on the digits
+        model it is among the least. With `losses` the capacities are those of the least expected loss of all that
+        spend nearly the whole mean, and layers are ranked by the similarity measured with them. Never storing the last
+        scale saves 38 … 46 % by itself: a budget of more than the rest drops nothing. The policy serves this schedule
+        and depth alone.
 
         Args:
             schedule: the model's schedule.
@@ -162,11 +166,12 @@ class AMSKV(Policy):
             budget: see `amskv_kernels.policies.budgets`.
             ranking: all layers, most demanding first.
             condensed: scales never dropped.
+            losses: of this model, as `amskv calibrate --method loss` measures them.
 
         Raises:
             TypeError: `schedule` is no ScaleSchedule.
-            ValueError: no layer, a budget that cannot hold the condensed scales, or `ranking` is not a permutation of
-                the layers.
+            ValueError: no layer, a budget that cannot hold the condensed scales, `ranking` is not a permutation of
+                the layers or stands beside losses, or losses of another model.
         """
         mean = budget_mean(budget, schedule)
         locked = sum(schedule.tokens[: whole_number("condensed", condensed, 0)])
@@ -175,7 +180,7 @@ class AMSKV(Policy):
                 f"budget is {budget!r}, {mean:.4g} tokens per layer; it must hold the {locked} of {shown(condensed)} "
                 f"condensed scales of schedule {schedule.name}, and another scale must be read later"
             )
-        return _with_mean(schedule, num_layers, mean + ROUNDING, ranking, condensed)
+        return _with_mean(schedule, num_layers, mean + ROUNDING, ranking, condensed, losses)
 
 
 @dataclass(frozen=True)
@@ -283,24 +288,25 @@ class AMSKVCapacity(Policy):
 
 
 def _with_mean(
-    schedule: ScaleSchedule, num_layers: int, mean: float, ranking: Sequence[int] | None, condensed: int
+    schedule: ScaleSchedule, num_layers: int, mean: float, ranking: Sequence[int] | None, condensed: int,
+    losses: Losses | None,
 ) -> AMSKVCapacity:  # fmt: skip
     """The setting of `AMSKV.for_budget` for a mean that holds the condensed scales and is a float."""
     num_layers = whole_number("num_layers", num_layers, 1, MOST_LAYERS)
-    order = layer_numbers("ranking", range(num_layers) if ranking is None else ranking)
+    order = layer_numbers("ranking", (*range(1, num_layers), 0) if ranking is None else ranking)
     if sorted(order) != list(range(num_layers)):
         raise ValueError(f"ranking is {shown(order)}; it must name each of the layers 0 … {num_layers - 1} once")
-    tokens = schedule.tokens[:-1]
-    locked = sum(tokens[:condensed])
-    windows = [locked + sum(tokens[-r:]) for r in range(1, len(tokens) - condensed + 1)]
-    singles = [locked, *(locked + n for n in tokens[condensed:])]
-    efficient = max(size for size in (*singles, *windows) if size <= mean)
-    best = (efficient, 0)
-    for demanding in [size for size in windows[1:] if size > efficient][:3]:
-        count = int((mean - efficient) * num_layers / (demanding - efficient))
-        best = max(best, (demanding, count), key=lambda pair: (pair[0] - efficient) * pair[1])
+    if losses is not None:
+        instance_of("losses", losses, Losses)
+        losses.check_fits(schedule, num_layers)
+        if ranking is not None:
+            raise ValueError("ranking and losses both say which layers are demanding; give one of them")
+        order = losses.ranking
+    from amskv_kernels.policies.capacities import find_setting  # it asks this module what a capacity holds
+
+    setting = find_setting(schedule, num_layers, min(mean, schedule.prefix), condensed, order, losses)
     made_for = MadeFor(schedule, num_layers)
-    return AMSKVCapacity(efficient, best[0], "tokens", condensed, order[: best[1]], made_for=made_for)
+    return AMSKVCapacity(*setting[:2], "tokens", condensed, setting.demanding, made_for=made_for)
 
 
 @lru_cache(maxsize=256)

@@ -52,6 +52,7 @@ def commands():
 BASE = {
     "plan": ["--model", "var-d16", "--policy", "full"],
     "calibrate": ["--var", "var.safetensors", "--vae", "vae.safetensors", "--count", "1", "--images", "1"],
+    "fit": ["--var", "var.safetensors", "--vae", "vae.safetensors", "--kept", "50", "--measure", "1", "--draw", "1"],
     "doctor": [],
 }
 OPTIONS = [(name, option) for name, taking, _ in commands() for option in taking]

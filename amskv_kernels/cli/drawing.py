@@ -1,0 +1,136 @@
+"""What `amskv fit` measures and draws with: a VAR and its VQ-VAE, or an Infinity stack of random weights."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from amskv_kernels.cache import PagedKVCache
+from amskv_kernels.calibrate import LossRecorder
+from amskv_kernels.models import VAR, VQVAE, ConcatKVCache, Generation
+from amskv_kernels.models.infinity import InfinityStack
+from amskv_kernels.planning.plan import CachePlan
+from amskv_kernels.policies import Full, Policy
+from amskv_kernels.schedule import ScaleSchedule
+from amskv_kernels.shapes import ModelShape
+
+PROMPT = 16  # tokens of the random prompts that a random stack is given
+
+
+class Drawn(NamedTuple):
+    """Pictures (B, C, h, w), what was sampled on the way (B, …), and the seconds it took."""
+
+    images: Tensor
+    tokens: Tensor
+    seconds: float
+
+
+@dataclass
+class Subject(ABC):
+    """A model to fit a policy to."""
+
+    shape: ModelShape
+    dtype: torch.dtype
+    device: torch.device
+
+    @abstractmethod
+    def watch(self, recorder: LossRecorder, images: int, seed: int) -> None:
+        """Draw `images` at once with everything kept while the recorder observes."""
+
+    @abstractmethod
+    def draw(self, policy: Policy, images: int, seed: int) -> Drawn:
+        """Draw `images` at once under a policy; the same seed, the same images."""
+
+    def plan(self, policy: Policy) -> CachePlan:
+        """The policy's plan."""
+        return CachePlan.build(self.shape.schedule, policy, self.shape.layers, kv_heads=self.shape.kv_heads)
+
+    def image_bytes(self, plan: CachePlan) -> float:
+        """Bytes of the pool per image, two sequences each."""
+        element = torch.empty(0, dtype=self.dtype).element_size()
+        rows = 2 * self.shape.kv_heads * plan.allocated_tokens / plan.heads
+        return rows * 2 * self.shape.head_dim * element
+
+    def _wait(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+@dataclass
+class Checkpoint(Subject):
+    """A class-conditional VAR."""
+
+    var: VAR
+    vae: VQVAE
+    sampling: dict[str, Any]
+
+    @classmethod
+    def of(cls, var: VAR, vae: VQVAE, name: str, sampling: dict[str, Any]) -> Checkpoint:
+        """The subject that a loaded checkpoint is."""
+        config = var.config
+        shape = ModelShape(name, config.depth, config.num_heads, config.num_heads, config.head_dim, config.schedule)
+        weight = var.word_embed.weight
+        return cls(shape, weight.dtype, weight.device, var, vae, sampling)
+
+    def watch(self, recorder: LossRecorder, images: int, seed: int) -> None:
+        recorder.inner = ConcatKVCache()
+        self._generate(recorder, images, seed)
+
+    def draw(self, policy: Policy, images: int, seed: int) -> Drawn:
+        shape = self.shape
+        cache = PagedKVCache(
+            self.plan(policy), batch=2 * images, kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype=self.dtype,
+            device=self.device,
+        )  # fmt: skip
+        start = self._wait()
+        pictures, tokens = self._generate(cache, images, seed)
+        return Drawn(pictures.cpu(), tokens.cpu(), self._wait() - start)
+
+    def _generate(self, attention: Any, images: int, seed: int) -> Generation:
+        from amskv_kernels.cli.calibrate import spread_classes
+
+        labels = spread_classes(self.var.config.num_classes, images, seed).to(self.device)
+        rng = torch.Generator(self.device).manual_seed(seed)
+        return self.var.generate(self.vae, labels, attention, generator=rng, **self.sampling)
+
+
+@dataclass
+class RandomStack(Subject):
+    """An Infinity stack of random weights: what it draws means nothing, but it takes what the real one takes."""
+
+    stack: InfinityStack
+
+    @classmethod
+    def of(cls, stack: InfinityStack, schedule: ScaleSchedule) -> RandomStack:
+        """The subject that a stack is on a schedule."""
+        config, weight = stack.config, stack.word_embed.weight
+        shape = ModelShape("infinity-stack", config.layers, config.heads, config.heads, config.head_dim, schedule)
+        return cls(shape, weight.dtype, weight.device, stack)
+
+    def watch(self, recorder: LossRecorder, images: int, seed: int) -> None:
+        self._generate(Full(), images, seed, recorder)
+
+    def draw(self, policy: Policy, images: int, seed: int) -> Drawn:
+        return self._generate(policy, images, seed)
+
+    def _generate(self, policy: Policy, images: int, seed: int, recorder: LossRecorder | None = None) -> Drawn:
+        from amskv_kernels.integrations import patch
+
+        rng = torch.Generator("cpu").manual_seed(seed)
+        width = self.stack.config.width
+        features = torch.randn(2 * images * PROMPT, width, generator=rng).to(self.device, self.dtype)
+        lengths = torch.arange(0, len(features) + 1, PROMPT, dtype=torch.int32, device=self.device)
+        with patch(self.stack, policy, observe=recorder.observe if recorder else None):
+            start = self._wait()
+            maps = self.stack.generate((features, lengths, PROMPT), self.shape.schedule)[::2].float()
+            seconds = self._wait() - start
+        span = maps.amax((1, 2, 3), keepdim=True) - maps.amin((1, 2, 3), keepdim=True)
+        pictures = (maps - maps.amin((1, 2, 3), keepdim=True)) / span
+        # Infinity samples signs of its channels.
+        return Drawn(pictures[:, :3].cpu(), (maps > 0).flatten(1).cpu(), seconds)
