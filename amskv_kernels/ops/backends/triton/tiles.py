@@ -8,8 +8,9 @@ Registers, shared memory and instructions named below are those of `make kernel-
 named, there is none yet. Programs per multiprocessor follow from 64k registers and 228 KB (sm_90, sm_100), 164 KB
 (sm_80) or 100 KB (sm_86, sm_89, sm_120) of shared memory.
 
-Before Triton 3.9 the same tiles come out in more registers: where the bound of 3.9 would spill there, the line has a
-second tile. Both are compiled by `make kernel-report`.
+Before Triton 3.9 the same tiles come out in more registers, and an assembler without a bound stops at 128 or 168 and
+spills the rest: there a tile without a bound gets the largest, and where 3.9's bound would spill the line has a second
+tile. Both are compiled by `make kernel-report`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import triton
 OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 # Packed heads with G > 1 need at least so many registers: a lower bound is not for them.
 GROUPED_REGISTERS = 168
+LARGEST_BOUND = 255  # what a thread can have
 
 
 class Tile(NamedTuple):
@@ -47,7 +49,9 @@ class Tile(NamedTuple):
 
     def most_registers(self, group: int) -> int | None:
         """The bound for G query heads per KV head."""
-        if self.registers is None or self.heads == 1 or group == 1:
+        if self.registers is None:
+            return LARGEST_BOUND if OLD_TRITON else None
+        if self.heads == 1 or group == 1:
             return self.registers
         return max(self.registers, GROUPED_REGISTERS)
 
@@ -81,8 +85,8 @@ _PACKED_64 = Line(
 )  # fmt: skip
 _PACKED_128 = Line(
     16, Tile(16, 16, 4, 1, heads=2),
-    "not yet measured: two warps per head, 156 registers; one warp per head takes 224 and halves the programs; "
-    "Triton 3.6 spills on sm_100 unless given 192", entries=2, old=Tile(16, 16, 4, 1, heads=2, registers=192),
+    "not yet measured: two warps per head, 156 registers; one warp per head takes 224 and halves the programs",
+    entries=2,
 )  # fmt: skip
 _ROWS_16 = Line(16, Tile(16, 32, 4, 3, False), "not yet measured: long history; memory-bound, 10 programs of 19 KB")
 _ROWS_32 = Line(32, Tile(32, 32, 4, 3, False), "not yet measured: memory-bound; many small programs")
