@@ -146,10 +146,10 @@ void attn_task(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& s
         const AppendParams append{p.k, p.v, p.pool, p.write, p.batch, p.tokens, p.kv_heads, p.head_dim, p.dtype};
         store_rows(append, batch, head);
     }
-    const int begin = part * cut.tiles_per_task * kTile;
+    const int begin = part * cut.tiles_per_task * cut.rows_per_tile;
     int tiles = 0;
-    for (int row = begin; row < cut.rows && tiles < cut.tiles_per_task; row += kTile, ++tiles) {
-        const int rows = cut.rows - row < kTile ? cut.rows - row : kTile;
+    for (int row = begin; row < cut.rows && tiles < cut.tiles_per_task; row += cut.rows_per_tile, ++tiles) {
+        const int rows = cut.rows - row < cut.rows_per_tile ? cut.rows - row : cut.rows_per_tile;
         begin_tile<T>(p, batch, head, row, rows, scratch.tiles[tiles]);
     }
     Keys<T> keys(p, batch, head);
@@ -162,7 +162,7 @@ void attn_task(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& s
             add_values(scratch.values, count, scratch.scores, scratch.decay, tile.rows, p.head_dim, tile.out);
         }
     }
-    for (int i = 0; i < tiles; ++i) end_tile<T>(p, batch, head, begin + i * kTile, scratch.tiles[i]);
+    for (int i = 0; i < tiles; ++i) end_tile<T>(p, batch, head, begin + i * cut.rows_per_tile, scratch.tiles[i]);
 }
 
 inline void attn_any(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& scratch) {

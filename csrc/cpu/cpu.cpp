@@ -9,6 +9,9 @@ AttnCut cut_attn(const AttnParams& p, int threads) {
     AttnCut cut{};
     cut.rows = p.heads / p.kv_heads * p.tokens;
     const int64_t heads = int64_t{p.batch} * p.kv_heads, tiles = (cut.rows + kTile - 1) / kTile;
+    constexpr int kWidest = 16;  // lanes of AVX-512
+    const int64_t vectors = (cut.rows + kWidest - 1) / kWidest;
+    cut.rows_per_tile = static_cast<int32_t>((vectors + tiles - 1) / std::max<int64_t>(tiles, 1) * kWidest);
     const int64_t wanted = heads * tiles / (2 * threads);  // two tasks a thread even out what each of them takes
     cut.tiles_per_task = static_cast<int32_t>(std::clamp<int64_t>(wanted, 1, kMostTiles));
     cut.tasks_per_head = static_cast<int32_t>((tiles + cut.tiles_per_task - 1) / cut.tiles_per_task);

@@ -16,7 +16,8 @@ inline constexpr int kPastEnd = 8;  // rows past the last that a kernel may touc
 // How a call of attn is cut. A task is up to kMostTiles tiles of query rows of one KV head; the query heads that share
 // it are just more rows. Results do not depend on the cut.
 struct AttnCut {
-    int32_t rows;  // query rows of a KV head
+    int32_t rows;           // query rows of a KV head
+    int32_t rows_per_tile;  // at most kTile: as many in each as whole vectors allow
     int32_t tiles_per_task, tasks_per_head;
     int64_t tasks;
 };
