@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
 }  // namespace
 
 Error append(const AppendParams& params, Stream stream) {
+    if (params.dtype == DType::kFloat32) return kInvalid;  // the CPU's kernels take it
     if (params.head_dim != 64 && params.head_dim != 96 && params.head_dim != 128) return kInvalid;
     if (params.write.count == 0 || params.batch * params.kv_heads == 0) return kOk;
     const int units = params.write.count * (params.pool.page_size / kUnitRows);

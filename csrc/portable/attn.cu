@@ -48,6 +48,7 @@ Error merge(const AttnArgs& args, Stream stream) {
 }  // namespace
 
 Error attn(const AttnParams& params, const AttnPlan& plan, void* workspace, Stream stream) {
+    if (params.dtype == DType::kFloat32) return kInvalid;  // the CPU's kernels take it
     if (params.batch == 0 || params.tokens == 0) return kOk;
     if (plan.hopper.tile_rows > 0) return hopper::attn(params, plan.hopper, stream);
     const Cut cut = cut_of(params, plan);

@@ -185,6 +185,15 @@ def test_library_forced_on_fp32_says_so(monkeypatch):
             ops.attn(*args.tables, 1.0)
 
 
+def test_a_library_of_an_earlier_version_is_named(forget, monkeypatch, tmp_path):
+    there = tmp_path / "libamskv.so"
+    there.touch()
+    monkeypatch.setattr(library, "LIBRARY", there)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(library, "_OPS", ("an_op_that_it_lacks",))
+    assert library.why_not_loaded() == "libamskv.so is of an earlier version; install again"
+
+
 def test_torch_too_old_and_broken_library_are_named(forget, monkeypatch, tmp_path):
     broken = tmp_path / "libamskv.so"
     broken.write_bytes(b"not a library")

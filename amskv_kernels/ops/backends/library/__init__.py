@@ -38,6 +38,8 @@ def why_not_loaded() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"libamskv.so does not load: {error}"
+    if not hasattr(torch.ops.amskv, _OPS[0]):
+        return "libamskv.so is of an earlier version; install again"
     refuse_backward(_REFUSALS, [name for name in _OPS if hasattr(torch.ops.amskv, name)])
     return None
 
