@@ -16,6 +16,8 @@ from typing import Any
 from amskv_kernels.cli import console
 from amskv_kernels.files import write_text
 from amskv_kernels.planning.memory import counted
+from amskv_kernels.policies import parse_policy
+from amskv_kernels.shapes import ModelShape
 from benchmarks.harness.results import committed, newest, rows
 from benchmarks.report import plots, tables, targets
 from benchmarks.suites.plans import memory_of
@@ -82,12 +84,15 @@ def _lossless() -> str:
 
 def _settings() -> str:
     def make(result: Result) -> str:
-        lines = [
-            f"| {row['model']} | `{row['policy']}` | {1 - row['saved_of_all']:.2%} | {row['saved_of_all']:.2%} "
-            f"| `{row['settings']}` |"
-            for row in rows(result, "plan")
-            if row["policy"] != "full"
-        ]
+        lines = []
+        for row in (row for row in rows(result, "plan") if row["policy"] != "full"):
+            shape = ModelShape.named(row["model"])
+            own, policy = (
+                memory_of(shape.name, row["policy"]),
+                parse_policy(row["policy"], shape.schedule, shape.layers),
+            )
+            shares = f"{own['kept_of_all']:.2%} | {own['saved_of_all']:.2%}"
+            lines.append(f"| {shape.name} | `{row['policy']}` | {shares} | `{policy!r}` |")
         return "\n".join(["| model | policy | tokens kept | saved | settings |", "|---|---|---|---|---|", *lines])
 
     return _newest("plan", None, make)
