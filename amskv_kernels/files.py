@@ -59,7 +59,11 @@ def read_json(path: str | Path, kind: str) -> Any:
     try:
         if (size := os.stat(path).st_size) > LARGEST_JSON:
             raise ValueError(f"it has {size} bytes; such a file has at most {LARGEST_JSON}")
-        return parse_json(Path(path).read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            content = file.read(LARGEST_JSON + 1)
+        if len(content) > LARGEST_JSON:  # a device or a pipe, which have no size of their own
+            raise ValueError(f"it goes on after {LARGEST_JSON} bytes; such a file has no more")
+        return parse_json(content.decode("utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{kind} {path} cannot be read: {reason(error)}") from error
 

@@ -92,6 +92,11 @@ def test_a_checkpoint_in_place_of_a_measurement_is_refused_unread(tmp_path):
         read_json(path, "calibration")
 
 
+def test_a_device_without_an_end_is_refused():
+    with pytest.raises(ValueError, match="calibration /dev/zero cannot be read: it goes on after 67108864 bytes"):
+        read_json("/dev/zero", "calibration")
+
+
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
     for path in (tmp_path / "no.json", tmp_path):
         with pytest.raises(UnreadableResultError, match=f"result {path} cannot be read: "):

@@ -87,6 +87,7 @@ class OnlineKVCache:
         with torch.inference_mode(False):  # usable inside inference mode and outside
             self._pool = torch.zeros(batch * kv_heads, 0, 2, page_size, head_dim, dtype=dtype, device=device)
         self._arena = torch.zeros(batch, kv_heads, dtype=torch.int32, device=device)
+        self._default_scale = 1 / math.sqrt(head_dim)
         self.reset()
 
     def reset(self) -> None:
@@ -139,7 +140,7 @@ class OnlineKVCache:
         state = self._layers[layer]
         kept, capacity = self._decide(state, scale, k)
         undecided = capacity == self.policy.c_min < self.policy.c_max
-        factor = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+        factor = self._default_scale if softmax_scale is None else real_number("softmax_scale", softmax_scale)
         fresh = self._take(-(-self.schedule.tokens[scale] // self.page_size)) if scale in kept else NO_SLOTS
         try:
             read, write = self._table(state.held), self._table({scale: fresh})

@@ -99,8 +99,14 @@ class PagedKVCache:
             layer: of the coming call.
             x: (B, n, C), the input of the layer's query projection.
             weight: (H · D, C), the projection's weight.
+
+        Raises:
+            TypeError: x or weight is no tensor.
+            ValueError: another layer than that of the coming call, or x or weight of another shape.
         """
         if self._selector is not None:
+            if layer != self.layer:
+                raise ValueError(f"layer is {layer!r}; the next call is layer {self.layer} of step {self.step}")
             self._selector.prepare(self.step, layer, x, weight)
 
     def attend(

@@ -25,7 +25,7 @@ EPILOG = "next: amskv plan --model var-d30 --policy ams-kv:75 --images 64"
 def add(commands: Any) -> None:
     """Add the command to the parser's."""
     doctor = command(commands, "doctor", "versions, devices, and which backend serves which op", EPILOG)
-    doctor.add_argument("--json", action="store_true")
+    doctor.add_argument("--json", action="store_true", help="print all of it as JSON")
     doctor.set_defaults(run=run)
 
 

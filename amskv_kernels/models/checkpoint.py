@@ -172,6 +172,10 @@ def _state(raw: Any, part: str) -> State:
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"it holds {type(value).__name__} under {str(name)[:40]!r}; it must hold tensors by name")
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            raise ValueError(
+                f"it holds a sparse, quantized or empty tensor under {name[:40]!r}; it must hold plain ones"
+            )
     for prefix in (f"{part}.", *_PREFIXES):
         inside = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         state = inside or state

@@ -177,6 +177,7 @@ def check_compact(
     _check_current(k, v, pages, arena)
     _check_slots("src_slots", src_slots, k)
     _check_slots("dst_slots", dst_slots, k)
+    instance_of("keep", keep, Tensor)
     if keep.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"keep is {keep.dtype}; it must be torch.int32 or torch.int64")
     if keep.device != k.device:
@@ -210,6 +211,7 @@ def _check_scale(softmax_scale: float) -> None:
 def _check_current(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor) -> None:
     _check_rows("k", k, "(B, n, Hkv, D)")
     _check_rows("v", v, "(B, n, Hkv, D)")
+    instance_of("pages", pages, Tensor)
     if v.shape != k.shape:
         raise ValueError(f"v has shape {_shape(v)}; it must have that of k, {_shape(k)}")
     for name, tensor in (("v", v), ("pages", pages)):
@@ -229,6 +231,7 @@ def _check_current(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor) -> None:
 
 
 def _check_rows(name: str, x: Tensor, layout: str) -> None:
+    instance_of(name, x, Tensor)
     if x.dim() != 4:
         raise ValueError(f"{name} has {x.dim()} dimensions; it must have 4, {layout}")
     if x.dtype not in DTYPES:
@@ -250,6 +253,7 @@ def _check_slots(name: str, slots: Tensor, k: Tensor) -> None:
 
 
 def _check_table(name: str, table: Tensor, k: Tensor) -> None:
+    instance_of(name, table, Tensor)
     if table.dtype != torch.int32:
         raise TypeError(f"{name} is {table.dtype}; it must be torch.int32")
     if table.device != k.device:

@@ -133,3 +133,13 @@ def test_what_prepare_is_told_is_checked(x, weight, error, message):
             cache.attend(layer, *torch.randn(3, BATCH, n, HEADS, D))
     with pytest.raises(error, match=message):
         cache.prepare(0, x, weight)
+
+
+def test_prepare_for_another_layer_is_refused():
+    """Its queries would choose the keys of the layer that comes."""
+    cache = paged(ScaleKV(30))
+    x, weight = torch.randn(2, 1, 9), torch.randn(128, 9)
+    for layer in (1, -1, None):
+        with pytest.raises(ValueError, match=f"layer is {layer}; the next call is layer 0 of step 0"):
+            cache.prepare(layer, x, weight)
+    cache.prepare(0, x, weight)

@@ -141,6 +141,8 @@ def refused(var, vae, message, named):
         ({"trainer": {"var_wo_ddp": []}}, "it holds list under 'var_wo_ddp'"),
         ({"a": torch.zeros(1)}, "holds no VAR: 'word_embed.weight' is missing"),
         ({"word_embed.weight": torch.zeros(3)}, r"word_embed.weight is of shape \(3,\); it must have 2 dimensions"),
+        ({"a": torch.eye(3).to_sparse()}, "it holds a sparse, quantized or empty tensor under 'a'; it must hold plain"),
+        ({"a": torch.zeros(3, device="meta")}, "it holds a sparse, quantized or empty tensor under 'a'"),
         ({"word_embed.weight": torch.zeros(0, 8)}, r"word_embed.weight is of shape \(0, 8\)"),
     ],
 )

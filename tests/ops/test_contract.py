@@ -13,7 +13,8 @@ from attn_cases import Case, make
 from extra_cases import make_compact, make_qk, make_scores
 
 import amskv_kernels
-from amskv_kernels import CachePlan, Full, PagedKVCache, ScaleSchedule, ops
+from amskv_kernels import AMSKV, CachePlan, Full, PagedKVCache, ScaleSchedule, ops
+from amskv_kernels.cache import OnlineKVCache
 from amskv_kernels.ops import reference
 
 HALF = torch.float16
@@ -128,17 +129,22 @@ NONSENSE = {
 }
 
 
+@pytest.mark.parametrize("online", [False, True], ids=["planned", "online"])
 @pytest.mark.parametrize("what", NONSENSE)
-def test_nonsense_for_the_cache_is_one_clear_line(what):
+def test_nonsense_for_the_cache_is_one_clear_line(what, online):
     layer, change, scale = NONSENSE[what]
-    plan = CachePlan.build(ScaleSchedule([(1, 1), (2, 2)]), Full(), 1)
-    cache = PagedKVCache(plan, batch=2, kv_heads=2, head_dim=64, dtype=torch.float32)
+    schedule, sizes = ScaleSchedule([(1, 1), (2, 2)]), {"batch": 2, "kv_heads": 2, "head_dim": 64}
+    cache: PagedKVCache | OnlineKVCache
+    if online:
+        policy = AMSKV.with_capacity(1, 5, condensed=0)
+        cache = OnlineKVCache(schedule, 1, policy, 0.0, dtype=torch.float32, **sizes)
+    else:
+        cache = PagedKVCache(CachePlan.build(schedule, Full(), 1), dtype=torch.float32, **sizes)
     q, k, v = torch.randn(2, 1, 6, 64).split(2, dim=2)
     with pytest.raises((TypeError, ValueError)) as caught:
         cache.attend(layer, change(q) if change else None, k, v, scale)
     assert "\n" not in str(caught.value)
-    assert cache.step == 0
-    assert (cache.pages == 0).all()
+    assert cache.visible(0) == () if online else (cache.step == 0 and (cache.pages == 0).all())
     cache.attend(0, q, k, v)
 
 
@@ -259,6 +265,16 @@ def test_missing_arguments_are_named(name):
             bad = [*args[:index], nonsense, *args[index + 1 :]]
             with pytest.raises((TypeError, ValueError), match=f"^{parameter} is "):
                 ops.__dict__[name](*bad)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "prepare_qk"])  # without its one tensor no device
+def test_the_raw_ops_name_a_tensor_that_is_none(name):
+    """The dispatcher lets None pass for a tensor; anything else it refuses itself."""
+    args = calls()[name][0]
+    for index, parameter in enumerate(list(ops.__dict__[name].__annotations__)[: len(args)]):
+        if isinstance(args[index], torch.Tensor):
+            with pytest.raises(TypeError, match=f"^{parameter} is None; it must be a Tensor"), torch.no_grad():
+                op_of(name)(*args[:index], None, *args[index + 1 :])
 
 
 @pytest.mark.parametrize("name", NAMES)
