@@ -1,43 +1,25 @@
 """The benchmark suite itself: arithmetic by hand, wrong results refused, files valid and resumed, a run end to end."""
 
-import contextlib
 import json
 import sys
-import time
 import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from amskv_kernels import CachePlan, Full, PagedKVCache, ScaleSchedule
-from amskv_kernels.models import VAR, VQVAE, ConcatKVCache, VARConfig, VQVAEConfig
-from benchmarks.__main__ import main, plan_tasks
+from amskv_kernels import ScaleSchedule
 from benchmarks.harness import measure, peers
-from benchmarks.harness.cases import POLICIES, Case, bytes_per_image, groups, kernel_cases, largest_batch, layer_kinds
+from benchmarks.harness.cases import Case, bytes_per_image, groups, kernel_cases, largest_batch, layer_kinds
 from benchmarks.harness.gate import Gate, WrongResultError
 from benchmarks.harness.inputs import CallInputs, Pool, UnavailableError, gather, group_work
-from benchmarks.harness.results import Run, read
 from benchmarks.harness.roofs import GPUS, Ceilings, Work, attention_work
-from benchmarks.harness.tasks import Context, Task, run_tasks
-from benchmarks.report import compare, readme, targets
-from benchmarks.suites import image, module, steps
+from benchmarks.suites import module, steps
 
 ROOT = Path(__file__).parents[2]
-HEADER = {"commit": "c0ffee", "dirty": False, "sources": "c0de", "quick": False, "ceilings": {}, "machine": {
-    "device": "cpu", "name": "a processor", "cpu": "a processor", "threads": 2, "torch": "2.13.0"}}  # fmt: skip
 CASE = Case("var-d16", "ams-kv:75", 1, "fp32")
-
-
-@pytest.fixture(scope="module")
-def pool():
-    return Pool(CASE, "cpu")
-
-
-@pytest.fixture
-def context():
-    measured = {"tb_s": 0.02, "tflop_s": {"fp32": 0.2, "bf16": 0.4}}
-    return Context("cpu", True, measured, measure.CpuTimer(1 << 16))
+# The library's kernels serve by themselves where it is built; PyTorch's are raced beside them.
+RACE = ["amskv", *(f"amskv {name}" for name in peers.backends("cpu")[1][1:]), "concatenation", "SDPA"]
 
 
 def group_at(step, index=0):
@@ -123,7 +105,7 @@ def test_all_contestants_of_a_cpu_pass_the_gate(pool, step):
     inputs = CallInputs(pool, group_at(step), 50.0)
     gate = Gate(inputs)
     line_up = peers.line_up(inputs)
-    assert list(line_up) == ["amskv", "concatenation", "SDPA"]
+    assert list(line_up) == RACE
     for name, make in line_up.items():
         contestant = make()
         assert len(contestant.calls) == inputs.sets
@@ -160,7 +142,7 @@ def test_wrong_peers_are_named_and_left_out(pool, context, monkeypatch):
     absent = peers.Peer("absent", lambda dense: lambda: dense.q, ("cpu",), "no_such_package")
     monkeypatch.setattr(peers, "PEERS", (*peers.PEERS, wrong, absent))
     row = steps.step_row(pool, group_at(5), context)
-    assert set(row["times"]) == {"amskv", "concatenation", "SDPA"}
+    assert set(row["times"]) == set(RACE)
     assert row["missing"]["wrong"].startswith("wrong result: wrong is off by 1.00e+00")
     assert row["missing"]["absent"] == "no_such_package is not installed"
 
@@ -214,140 +196,6 @@ def test_module_check_refuses(context):
         module.check(layer, "stock", layer.stock(), layer.visible(9))
 
 
-def tasks_of(run_log, count=4, fail_at=None):
-    def make(i):
-        if i == fail_at:
-            raise KeyboardInterrupt
-        run_log.append(i)
-        return {"suite": "cpu", "times": {}}
-
-    return [Task(f"row {i}", 1.0, lambda i=i: make(i)) for i in range(count)]
-
-
-def test_an_interrupted_run_leaves_a_valid_file_and_goes_on(tmp_path):
-    path, done = tmp_path / "run.json", []
-    with pytest.raises(KeyboardInterrupt), Run(path, HEADER) as run:
-        run_tasks(tasks_of(done, fail_at=2), run, None, quiet=True)
-    assert [row["key"] for row in read(path)["rows"]] == ["row 0", "row 1"]
-    assert read(path)["finished"] is None
-    with Run(path, HEADER) as run:
-        run.begin(["cpu"], [])
-        assert run_tasks(tasks_of(done), run, None, quiet=True) == (True, [])
-        run.finish(["cpu"])
-    assert done == [0, 1, 2, 3]
-    assert read(path)["finished"]
-    assert read(path)["done"] == ["cpu"]
-
-
-def test_a_suite_that_is_done_is_measured_anew_and_leaves_others_alone(tmp_path):
-    path, done = tmp_path / "run.json", []
-    with Run(path, HEADER) as run:
-        run_tasks(tasks_of(done, 2), run, None, quiet=True)
-        run.finish(["cpu"])
-    with Run(path, HEADER) as run:
-        run.begin(["image"], ["a picture"])
-        run.add("a picture", {"suite": "image"})
-        run.finish(["image"])
-    with Run(path, HEADER) as run:
-        run.begin(["cpu"], ["row 0", "row 1"])
-        run_tasks(tasks_of(done, 2), run, None, quiet=True)
-        run.finish(["cpu"])
-    assert done == [0, 1, 0, 1]
-    assert {row["key"] for row in read(path)["rows"]} == {"row 0", "row 1", "a picture"}
-    assert read(path)["done"] == ["cpu", "image"]
-
-
-@pytest.mark.parametrize("change", [{"sources": "d00d"}, {"quick": True}, {"machine": {"device": "cuda"}}])
-def test_other_sources_or_another_machine_start_anew(tmp_path, change):
-    with Run(tmp_path / "run.json", HEADER) as run:
-        run.add("row", {"suite": "cpu"})
-    with Run(tmp_path / "run.json", {**HEADER, **change}) as run:
-        assert "row" not in run
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_a_deadline_stops_between_rows(tmp_path):
-    done = []
-    with Run(tmp_path / "run.json", HEADER) as run:
-        complete, _ = run_tasks(tasks_of(done), run, time.monotonic() - 1, quiet=True)
-    assert not complete
-    assert not done
-
-
-def test_failures_are_named(tmp_path):
-    def fail(error):
-        raise error
-
-    errors = {
-        "wrong": WrongResultError("off"),
-        "gone": UnavailableError("not here"),
-        "large": torch.OutOfMemoryError("x"),
-    }
-    tasks = [Task(key, 1.0, lambda error=error: fail(error)) for key, error in errors.items()]
-    with Run(tmp_path / "run.json", HEADER) as run:
-        assert run_tasks(tasks, run, None, quiet=True) == (True, ["wrong"])
-    assert read(tmp_path / "run.json")["missing"] == {"wrong": "wrong result: off", "gone": "not here", "large": "x"}
-
-
-def a_row(key, median, spread=1.0, **more):
-    one = {"median_us": median, "q1_us": median - spread, "q3_us": median + spread, "reps": 9}
-    return {"key": key, "suite": "kernel", "times": {"amskv": one}, **more}
-
-
-def test_compare_finds_what_changed(tmp_path, capsys):
-    before = {**HEADER, "rows": [a_row("same", 100), a_row("slow", 100), a_row("noise", 100, 30), a_row("fast", 100)]}
-    after = {**HEADER, "rows": [a_row("same", 101), a_row("slow", 120), a_row("noise", 120, 30), a_row("fast", 50)]}
-    for name, result in (("a", before), ("b", after)):
-        whole = {"format": 1, "started": "2026-01-01", "finished": "2026-01-01", "missing": {}, **result}
-        (tmp_path / f"{name}.json").write_text(json.dumps(whole), encoding="utf-8")
-    a, b = str(tmp_path / "a.json"), str(tmp_path / "b.json")
-    assert main(["compare", a, b]) == 1
-    out = capsys.readouterr().out
-    assert "slower: 1" in out
-    assert "1.20×" in out
-    assert "faster: 1" in out
-    assert "4 rows in common, 2 unchanged" in out
-    assert main(["compare", a, a]) == 0
-    assert main(["compare", a, b, "--above", "1.3"]) == 0
-    found = compare.changes(before, after)
-    assert [change.key for change in compare.slower(found, 1.05)] == ["slow"]
-
-
-def test_compare_takes_images_and_plans_too():
-    rows = [
-        {"key": "digits", "caches": {"full": {"seconds": [2.0, 2.1, 2.2]}, "stock": {"seconds": [3.0]}}},
-        {"key": "image", "cache": "full", "seconds": [1.0]},
-        {"key": "plan", "plan_ms": 4.0},
-    ]
-    found = compare.changes({"rows": rows}, {"rows": rows})
-    assert [(c.key, c.contestant) for c in found] == [("digits", "full"), ("image", "full"), ("plan", "planner")]
-    assert [c.before_us for c in found] == [2.1e6, 1e6, 4e3]
-    assert len(compare.changes({"rows": rows}, {"rows": rows}, peers=True)) == 4
-
-
-def test_targets_are_judged_from_rows():
-    def step(n, ratio):
-        return a_row(f"{n}", 10.0, model="var-d30", policy="full", images=64, dtype="bf16", step=n, n=100, history=10,
-                     bytes=1, head_dim=64, launch_us=1.0, ratios={"cuDNN": ratio, "flash": ratio + 1})  # fmt: skip
-
-    gpu = {**HEADER, "machine": {"device": "cuda", "name": "NVIDIA H200"}, "file": "h200.json"}
-    good = {**gpu, "rows": [step(0, 1.2), step(1, 1.3)]}
-    bad = {**gpu, "rows": [step(0, 1.2), step(1, 0.9)]}
-    target = targets.TARGETS[0]
-    assert targets.verdict(target, [good])[0].met
-    assert not targets.verdict(target, [bad])[0].met
-    assert targets.verdict(target, [bad])[0].figure.startswith("least 0.90×, geometric mean 1.04×")
-    assert targets.verdict(target, [{**good, "machine": {"device": "cuda", "name": "NVIDIA L4"}}]) is None
-    assert "not measured yet" in targets.render([], "github")
-
-
-def test_blocks_without_results_say_so(monkeypatch, tmp_path):
-    monkeypatch.setattr("benchmarks.harness.results.FOLDER", tmp_path)
-    for name in ("plans", "gpu-steps", "cpu-sums", "roofs", "pictures", "cpu-digits"):
-        page = readme.fill(f"<!-- table: {name} -->\n<!-- end -->")
-        assert readme.NONE_YET in page
-
-
 def test_peers_for_every_row_of_a_wide_head_policy():
     pool = Pool(CASE, "cpu")
     inputs = CallInputs(pool, group_at(6))
@@ -361,158 +209,6 @@ def test_peers_for_every_row_of_a_wide_head_policy():
     for make in (lambda: peers.concatenation(inputs), lambda: peers.contiguous(inputs), lambda: inputs.dense(0)):
         with pytest.raises(UnavailableError, match="heads hold different numbers"):
             make()
-
-
-def test_batches_are_foretold_and_confirmed():
-    asked = []
-
-    def peak(images):
-        asked.append(images)
-        return None if images > 200 else 10_000 + 400 * images
-
-    assert image.largest_batch(peak, 10_000 + 400 * 203)[0] == 200
-    assert len(asked) <= 5
-    assert image.largest_batch(lambda images: None, 1) == (0, {"8": None})
-
-
-SCHEDULE = ScaleSchedule([(1, 1), (2, 2), (3, 3)])
-
-
-@pytest.fixture
-def painter():
-    torch.manual_seed(0)
-    sizes = {"schedule": SCHEDULE, "z_channels": 8, "vocab_size": 32}
-    var = VAR(VARConfig(depth=2, embed_dim=64, num_heads=1, num_classes=3, **sizes)).eval().requires_grad_(False)
-    vae = VQVAE(VQVAEConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, **sizes)).eval().requires_grad_(False)
-    return image.Painter(var, vae, torch.float32, "cpu", {"top_k": 5})
-
-
-def test_whole_images_are_gated(painter):
-    assert image.check(painter, "full") < 1e-5
-    assert image.check(painter, "stock") is None
-    assert isinstance(painter.attention("stock", 1), ConcatKVCache)
-    cache = painter.attention("full", 2)
-    assert isinstance(cache, PagedKVCache)
-    assert painter.draw(cache, painter.labels(2)).shape == (2, 3, 6, 6)
-    plan = CachePlan.build(SCHEDULE, Full(), 2)
-
-    class Forgetful(ConcatKVCache):
-        def attend(self, layer, q, k, v, softmax_scale):
-            self.reset()
-            return super().attend(layer, q, k, v, softmax_scale)
-
-    with pytest.raises(WrongResultError):
-        painter.draw(image.Checked(Forgetful(), plan, 1e-3), painter.labels(1))
-
-
-def test_random_painters_draw_in_16_bit():
-    sizes = {"schedule": SCHEDULE, "z_channels": 8, "vocab_size": 32}
-    var = VARConfig(depth=2, embed_dim=64, num_heads=1, num_classes=3, **sizes)
-    vae = VQVAEConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, **sizes)
-    painter = image.random_painter("small", "cpu", torch.bfloat16, var, vae)
-    painter.sampling = {"top_k": 5}
-    assert image.check(painter, "full") < 2e-2
-    images = painter.draw(painter.attention("full", 33), painter.labels(33))
-    assert images.shape == (33, 3, 6, 6)
-    assert images.dtype == torch.float32
-
-
-def test_cpu_tasks_name_policies_that_are_not_there(context):
-    context.quick = False
-    keys = [task.key for task in plan_tasks(["cpu", "plan", "roof"], context, "h200")]
-    assert len(keys) == len(set(keys))
-    unknown = [policy for policy in POLICIES if policy in context.absent]
-    assert all(context.absent[policy].startswith(f"policy {policy!r}: ") for policy in unknown)
-    for policy in unknown:
-        assert not any(f"/{policy}/" in key for key in keys)
-
-
-class FakeCuda:
-    """A device whose clock moves one millisecond per call; what is captured runs again at every replay."""
-
-    def __init__(self, monkeypatch, capturable=True):
-        self.now, self.captured, self.capturable = 0.0, 0, capturable
-        fake = self
-
-        class Event:
-            def __init__(self, enable_timing=False):
-                self.at = None
-
-            def record(self):
-                self.at = fake.now
-
-            def synchronize(self):
-                assert self.at is not None
-
-            def elapsed_time(self, end):
-                return end.at - self.at
-
-        class Graph:
-            def replay(self):
-                fake.now += 1.0
-
-        @contextlib.contextmanager
-        def capture(graph):
-            fake.captured += 1
-            if not fake.capturable:
-                raise RuntimeError("operation not permitted when stream is capturing")
-            yield
-
-        class Stream:
-            def wait_stream(self, other):
-                pass
-
-        class Properties:
-            L2_cache_size, total_memory, name = 1 << 10, 141 * 10**9, "NVIDIA H200"
-
-        for name, value in (
-            ("Event", Event), ("CUDAGraph", Graph), ("graph", capture), ("Stream", Stream),
-            ("current_stream", lambda: Stream()), ("stream", lambda stream: contextlib.nullcontext()),
-            ("synchronize", lambda: None), ("current_device", lambda: 0), ("empty_cache", lambda: None),
-            ("get_device_properties", lambda index: Properties), ("reset_peak_memory_stats", lambda: None),
-            ("max_memory_allocated", lambda: 5 << 30), ("set_per_process_memory_fraction", self.cap),
-        ):  # fmt: skip
-            monkeypatch.setattr(torch.cuda, name, value)
-        empty = torch.empty
-        monkeypatch.setattr(torch, "empty", lambda *a, device=None, **k: empty(*a, **k))
-        self.caps = []
-
-    def cap(self, share):
-        self.caps.append(round(share, 3))
-
-
-def test_gpu_timer_replays_graphs_between_events(monkeypatch):
-    fake, made = FakeCuda(monkeypatch), []
-    timer = measure.CudaTimer()
-    calls = {name: [lambda name=name: made.append(name)] * 4 for name in "ab"}
-    times = timer.run(calls, 0.0, 3, 9, frozenset("b"))
-    assert times["a"] == [250.0, 250.0, 250.0]  # one replay of four calls takes a millisecond
-    assert fake.captured == 1
-    assert [timer.how(name) for name in "ab"] == ["graph", "events"]
-    assert made.count("b") == 4 * (2 + 1 + 3)
-
-
-def test_gpu_timer_falls_back_to_events(monkeypatch):
-    FakeCuda(monkeypatch, capturable=False)
-    timer = measure.CudaTimer()
-    assert len(timer.run({"a": [lambda: None]}, 0.0, 3, 9)["a"]) == 3
-    assert timer.how("a") == "events"
-
-
-def test_image_speed_and_capacity_on_a_pretended_gpu(monkeypatch, painter):
-    fake = FakeCuda(monkeypatch)
-    row = image._speed(painter, "full", 2, graph=True)
-    assert row["peak_gib"] == 5.0
-    assert row["images_s"] == pytest.approx(2 / 1e-3)
-    assert image.peak_bytes(painter, "stock", 2) == 5 << 30
-    with image.memory_cap(80):
-        assert fake.caps == [0.567]
-    assert fake.caps == [0.567, 1.0]
-    with pytest.raises(UnavailableError, match="less than 200 GB"), image.memory_cap(200):
-        pass
-    fake.capturable = False
-    with pytest.raises(UnavailableError, match="cannot be captured: operation not permitted"):
-        image._speed(painter, "full", 2, graph=True)
 
 
 def test_packages_get_the_layouts_they_document(pool, monkeypatch):

@@ -81,7 +81,7 @@ def test_unknown_suites_are_refused(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["kernel"], "suite 'kernel' needs a GPU; what runs on cpu: cpu, image, module, plan, roof"),
+        (["kernel"], "suite 'kernel' needs a GPU; what runs on cpu: cpu, host, image, module, plan, roof"),
         (["plan", "--device", "cuda"], "--device is cuda; this torch sees no GPU"),
         (["plan", "--budget", "-1"], "--budget: -1 is no number of seconds above 0"),
         (["plan", "--budget", "nan"], "--budget: nan is no number of seconds above 0"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_benchmarks import HEADER
+from rows import HEADER
 
 from benchmarks.harness.results import DIED, Run, journal_of, read
 from benchmarks.harness.tasks import BrokenDeviceError, Task, run_tasks
