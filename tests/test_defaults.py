@@ -9,7 +9,7 @@ import torch
 
 from amskv_kernels import AMSKV, H2O, CachePlan, Full, PagedKVCache, ScaleKV, ScaleSchedule
 from amskv_kernels.cache import OnlineKVCache
-from amskv_kernels.calibrate import AttentionRecorder, SimilarityRecorder
+from amskv_kernels.calibrate import AttentionRecorder, LossRecorder, SimilarityRecorder
 from amskv_kernels.models import VAR, VARConfig
 from amskv_kernels.models.infinity import InfinityConfig, InfinityStack
 from amskv_kernels.models.rope import rope2d_tables
@@ -84,11 +84,17 @@ def online() -> list[torch.Tensor]:
 
 def recorded() -> list:
     similarity, attention = SimilarityRecorder(SCHEDULE, LAYERS), AttentionRecorder(SCHEDULE, LAYERS, top=4)
+    losses = LossRecorder(SCHEDULE, LAYERS)
     for calls in inputs():
         for layer, (_, (q, k, v)) in enumerate(calls):
             similarity.observe(layer, q, k, v, 0.2)
             attention.observe(layer, q, k, v, 0.2)
-    return [similarity.similarity(), attention.selectivity(), attention.scores()]
+            losses.observe(layer, q, k, v, 0.2)
+    found = losses.losses()
+    return [
+        similarity.similarity(), attention.selectivity(), attention.scores(),
+        found.mass.tolist(), found.gram.tolist(), found.similarity,
+    ]  # fmt: skip
 
 
 RESULTS = {

@@ -9,48 +9,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from amskv_kernels.arguments import whole_number
+from amskv_kernels.calibrate.recorder import Recorder
 from amskv_kernels.models.attention import Attention
 from amskv_kernels.policies.drafters import Drafters, check_top, choose_drafters
 from amskv_kernels.policies.heads import HeadOrders
 from amskv_kernels.schedule import ScaleSchedule
 
 
-class AttentionRecorder:
+class AttentionRecorder(Recorder):
     """Watches who attends to what, layer by layer and scale by scale, and averages it over generations.
 
-    Stands before another attention object (`attend`), or only listens (`observe`). It keeps all keys and computes all
-    attention probabilities once more, some queries at a time.
+    It keeps all keys and computes all attention probabilities once more, some queries at a time.
 
     Args:
-        schedule: the model's schedule.
-        num_layers: L.
-        inner: where calls go on to; not needed to `observe`.
+        schedule: see `Recorder`.
+        num_layers: see `Recorder`.
+        inner: see `Recorder`.
         top: K′, how many of the strongest history keys count as selective.
         rows: queries at a time.
     """
 
-    keeps_fp32_keys = False
-
     def __init__(
         self, schedule: ScaleSchedule, num_layers: int, inner: Attention | None = None, top: int = 16, rows: int = 1024
     ) -> None:  # fmt: skip
-        if top < 1:
-            raise ValueError(f"top is {top}; it must be at least 1")
-        self.schedule, self.inner, self.top = schedule, inner, top
-        self.images = 0
-        self._rows = rows
+        super().__init__(schedule, num_layers, inner)
+        self.top, self._rows = whole_number("top", top, 1), whole_number("rows", rows, 1)
         # Mean attention to the current map, and to the strongest `top` keys of the history.
         self._current, self._strong = torch.zeros(2, num_layers, len(schedule), dtype=torch.float64, device="cpu")
         self._mass: Tensor | None = None  # (L, Hkv, K) attention to each earlier scale, summed over later ones
-        self._sequences = 0
-        self._calls = 0
         self._keys: list[list[Tensor]] = [[] for _ in range(num_layers)]
 
     def observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> None:
         """Take q (B, n, H, D) and k (B, n, Hkv, D) of the next call; layers come in order, step by step."""
-        step, expected = divmod(self._calls, len(self._keys))
-        if layer != expected:
-            raise ValueError(f"layer is {layer}; the next call is layer {expected} of step {step}")
+        step = self._turn(layer, q, k, v)
         if self._mass is None:
             self._mass = torch.zeros(len(self._keys), k.shape[2], len(self.schedule), dtype=torch.float64, device="cpu")
         keys = self._keys[layer] = [*self._keys[layer], k] if step else [k]
@@ -70,18 +62,7 @@ class AttentionRecorder:
         self._current[layer, step] += sequences * float(scales[:, step].mean())
         self._strong[layer, step] += sequences * strong
         self._mass[layer, :, :step] += sequences * scales[:, :step]
-        self._calls += 1
-        if self._calls == len(self.schedule) * len(self._keys):
-            self._calls = 0
-            self._sequences += sequences
-            self.images += sequences // 2
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        """`observe`, then what the inner attention gives."""
-        if self.inner is None:
-            raise ValueError("this recorder has no inner attention; give it one to attend through it")
-        self.observe(layer, q, k, v, softmax_scale)
-        return self.inner.attend(layer, q, k, v, softmax_scale)
+        self._count(sequences)
 
     def selectivity(self) -> tuple[tuple[float, ...], ...]:
         """(L, K) ASI: the mean attention to the current map times that to the strongest `top` keys of the history.
@@ -122,7 +103,3 @@ class AttentionRecorder:
     def orders(self, protected: int = 3, model: str = "unnamed") -> HeadOrders:
         """HeatKV's head orders, the first `protected` scales aside."""
         return HeadOrders.from_scores(self.scores(), self.schedule, protected, self.images, model)
-
-    def _check_seen(self) -> None:
-        if self._sequences == 0:
-            raise ValueError("no whole generation has been recorded yet")

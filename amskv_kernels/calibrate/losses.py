@@ -5,51 +5,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from amskv_kernels.arguments import whole_number
+from amskv_kernels.calibrate.recorder import Recorder
 from amskv_kernels.calibrate.similarity import key_similarity
 from amskv_kernels.models.attention import Attention
 from amskv_kernels.policies.losses import Losses
 from amskv_kernels.schedule import ScaleSchedule
 
 
-class LossRecorder:
+class LossRecorder(Recorder):
     """Watches attention layer by layer and scale by scale, and averages what `Losses` holds over generations.
 
-    Stands before another attention object (`attend`), or only listens (`observe`). It keeps the keys and values of the
-    running generation and computes its attention once more, some queries at a time; what it has measured takes the same
-    few numbers however many images it has seen.
+    It keeps the keys and values of the running generation and computes its attention once more, some queries at a time;
+    what it has measured takes the same few numbers however many images it has seen.
 
     Args:
-        schedule: the model's schedule.
-        num_layers: L.
-        inner: where calls go on to; not needed to `observe`.
+        schedule: see `Recorder`.
+        num_layers: see `Recorder`.
+        inner: see `Recorder`.
         rows: queries at a time.
     """
-
-    keeps_fp32_keys = False
 
     def __init__(
         self, schedule: ScaleSchedule, num_layers: int, inner: Attention | None = None, rows: int = 256
     ) -> None:  # fmt: skip
-        self.schedule, self.inner = schedule, inner
-        self.images = 0
-        self._rows = rows
+        super().__init__(schedule, num_layers, inner)
+        self._rows = whole_number("rows", rows, 1)
         self._mass: Tensor | None = None  # (L, Hkv, K, K), summed over sequences
         self._gram: Tensor | None = None  # (L, Hkv, K, K, K)
-        self._similarity = torch.zeros(num_layers, len(schedule), dtype=torch.float64)
-        self._sequences = 0
-        self._calls = 0
+        self._similarity = torch.zeros(num_layers, len(schedule), dtype=torch.float64, device="cpu")
         self._held: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(num_layers)]
 
     def observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> None:
         """Take q (B, n, H, D), k and v (B, n, Hkv, D) of the next call; layers come in order, step by step."""
-        step, expected = divmod(self._calls, len(self._held))
-        if layer != expected:
-            raise ValueError(f"layer is {layer}; the next call is layer {expected} of step {step}")
+        step = self._turn(layer, q, k, v)
         sequences, queries, heads = k.shape[0], q.shape[1], k.shape[2]
         if self._mass is None or self._gram is None:
             layers, steps = len(self._held), len(self.schedule)
-            self._mass = torch.zeros(layers, heads, steps, steps, dtype=torch.float64)
-            self._gram = torch.zeros(layers, heads, steps, steps, steps, dtype=torch.float64)
+            self._mass = torch.zeros(layers, heads, steps, steps, dtype=torch.float64, device="cpu")
+            self._gram = torch.zeros(layers, heads, steps, steps, steps, dtype=torch.float64, device="cpu")
         if step:
             sizes, before = self.schedule.sizes, self._held[layer][-1][0]
             alike = key_similarity(before, k, sizes[step - 1], sizes[step])
@@ -59,25 +53,14 @@ class LossRecorder:
         values = [each.float().transpose(1, 2) for _, each in held]  # [B, Hkv, n_s, D]
         for part in q.float().split(self._rows, dim=1):
             grouped = part.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, Hkv, G·n, D]
-            weights = (softmax_scale * grouped @ keys).softmax(-1)
-            mass, gram = _moments(weights, values)
+            with torch.autocast(q.device.type, enabled=False):  # the same measurement with autocast and without
+                mass, gram = _moments((softmax_scale * grouped @ keys).softmax(-1), values)
             share = sequences * part.shape[1] / queries
             self._mass[layer, :, step, : step + 1] += share * mass.double().cpu()
             # Outputs of the query heads that share a KV head lie side by side: their squares add up.
             self._gram[layer, :, step, :step, :step] += share * (q.shape[2] // heads) * gram.double().cpu()
-        self._calls += 1
-        if self._calls == len(self.schedule) * len(self._held):
-            self._calls = 0
+        if self._count(sequences):
             self._held = [[] for _ in self._held]
-            self._sequences += sequences
-            self.images += sequences // 2
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        """`observe`, then what the inner attention gives."""
-        if self.inner is None:
-            raise ValueError("this recorder has no inner attention; give it one to attend through it")
-        self.observe(layer, q, k, v, softmax_scale)
-        return self.inner.attend(layer, q, k, v, softmax_scale)
 
     def losses(self, model: str = "unnamed") -> Losses:
         """The means over what has been seen.
@@ -85,8 +68,9 @@ class LossRecorder:
         Raises:
             ValueError: no generation has been seen to its end, or one gave numbers that are not finite.
         """
-        if self._sequences == 0 or self._mass is None or self._gram is None:
-            raise ValueError("no whole generation has been recorded yet")
+        self._check_seen()
+        assert self._mass is not None
+        assert self._gram is not None
         mass, gram, similarity = (x / self._sequences for x in (self._mass, self._gram, self._similarity))
         table = tuple(tuple(row) for row in similarity.tolist())
         return Losses(self.schedule.sizes, mass.numpy(), gram.numpy(), table, self.images, model)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from amskv_kernels.calibrate.recorder import Recorder
 from amskv_kernels.models.attention import Attention
 from amskv_kernels.policies.calibration import Calibration, rank_layers
 from amskv_kernels.schedule import ScaleSchedule
@@ -43,52 +44,33 @@ def key_similarity(
     return -(current.float() - resized).norm(dim=-1).mean()
 
 
-class SimilarityRecorder:
+class SimilarityRecorder(Recorder):
     """Watches the keys of every layer and scale go by, and averages their similarity over generations.
 
-    Stands before another attention object (`attend`), or only listens (`observe`).
-
     Args:
-        schedule: the model's schedule.
-        num_layers: L.
-        inner: where calls go on to; not needed to `observe`.
+        schedule: see `Recorder`.
+        num_layers: see `Recorder`.
+        inner: see `Recorder`.
         mode: see `key_similarity`.
     """
-
-    keeps_fp32_keys = False
 
     def __init__(
         self, schedule: ScaleSchedule, num_layers: int, inner: Attention | None = None, mode: str = "bilinear"
     ) -> None:  # fmt: skip
-        self.schedule, self.inner, self.mode = schedule, inner, mode
-        self.images = 0
+        super().__init__(schedule, num_layers, inner)
+        self.mode = mode
         self._sums = torch.zeros(num_layers, len(schedule), dtype=torch.float64, device="cpu")  # over sequences
-        self._sequences = 0
-        self._calls = 0
         self._previous: list[Tensor | None] = [None] * num_layers
 
     def observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> None:
         """Take the keys (B, n, Hkv, D) of the next call; layers come in order, step by step."""
-        step, expected = divmod(self._calls, len(self._previous))
-        if layer != expected:
-            raise ValueError(f"layer is {layer}; the next call is layer {expected} of step {step}")
+        step = self._turn(layer, q, k, v)
         previous, sizes = self._previous[layer], self.schedule.sizes
         if step > 0 and previous is not None:
             alike = key_similarity(previous, k, sizes[step - 1], sizes[step], self.mode)
             self._sums[layer, step] += k.shape[0] * alike.cpu()
         self._previous[layer] = k
-        self._calls += 1
-        if self._calls == len(self.schedule) * len(self._previous):
-            self._calls = 0
-            self._sequences += k.shape[0]
-            self.images += k.shape[0] // 2
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        """`observe`, then what the inner attention gives."""
-        if self.inner is None:
-            raise ValueError("this recorder has no inner attention; give it one to attend through it")
-        self.observe(layer, q, k, v, softmax_scale)
-        return self.inner.attend(layer, q, k, v, softmax_scale)
+        self._count(k.shape[0])
 
     def similarity(self) -> tuple[tuple[float, ...], ...]:
         """(L, K) means over the sequences seen; 0 for scale 0.
@@ -96,8 +78,7 @@ class SimilarityRecorder:
         Raises:
             ValueError: no generation has been seen to its end.
         """
-        if self._sequences == 0:
-            raise ValueError("no whole generation has been recorded yet")
+        self._check_seen()
         return tuple(tuple(row) for row in (self._sums / self._sequences).tolist())
 
 

@@ -16,7 +16,7 @@ start here:
   amskv doctor                                                what this machine can run, and why
   amskv plan --model var-d30 --policy ams-kv:75 --images 64   exact cache memory, before running anything
   amskv fit --help                                            which policy should I use? measured on your checkpoint
-  amskv calibrate --help                                      measure your checkpoint for AMS-KV, ScaleKV or HeatKV
+  amskv calibrate --help                                      measure your checkpoint for one policy: a file for it
 """
 LONGEST_COMPLAINT = 500  # characters
 

@@ -111,7 +111,7 @@ def test_a_recorder_says_what_is_wrong():
         (lambda: recorder.observe(1, q, q, q, 1.0), "layer is 1; the next call is layer 0 of step 0"),
         (lambda: recorder.attend(0, q, q, q, 1.0), "no inner attention"),
         (recorder.scores, "no whole generation has been recorded yet"),
-        (lambda: AttentionRecorder(SMALL, 2, top=0), "top is 0; it must be at least 1"),
+        (lambda: AttentionRecorder(SMALL, 2, top=0), "top is 0; it must be a whole number ≥ 1"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
