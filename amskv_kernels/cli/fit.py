@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from amskv_kernels.cli.arguments import default_device, device, output_folder, seed, whole
+from amskv_kernels.cli.arguments import command, default_device, device, output_folder, seed, whole
 from amskv_kernels.planning.memory import MIB
 
 if TYPE_CHECKING:
@@ -24,8 +24,13 @@ ROUNDING = 1 / (12 * 255**2)  # squared error of rounding to 8 bits: no picture 
 SCHEDULE = "infinity-0.06m-1.000"
 TRIES = 12  # at a budget whose pool, in whole pages, fits the memory
 EPILOG = """\
+for example:
+  amskv fit --var var_d16.pth --vae vae_ch160v4096z32.pth --memory 8GiB --images 64
+
 writes to --out: losses.json (what was measured), policy.json (what was fitted: --policy lifetimes@policy.json, which
 needs neither the losses nor scipy), contact-sheet.png (the same images under every row of the table)
+
+next: give the policy to your model, amskv_kernels.integrations.patch(model, "lifetimes@fit-out/policy.json")
 """
 
 
@@ -46,10 +51,7 @@ def percent(text: str) -> float:
 
 def add(commands: Any) -> None:
     """Add the command to the parser's."""
-    fit = commands.add_parser(
-        "fit", help="which policy should I use? measure, fit to a memory, draw, compare", epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    fit = command(commands, "fit", "which policy should I use? measure, fit to a memory, draw, compare", EPILOG)
     fit.add_argument("--var", metavar="FILE", help="var_d*.pth, a checkpoint of the public trainer, or safetensors")
     fit.add_argument("--vae", metavar="FILE", help="vae_ch160v4096z32.pth, a trainer's checkpoint, or safetensors")
     fit.add_argument("--model", help="var-d16 … var-d36, where the file must be of that model")

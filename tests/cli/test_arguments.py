@@ -165,7 +165,7 @@ def test_help_names_every_schedule_and_what_comes_next(capsys):
     assert all(name in shown for name in ScaleSchedule.names())
     main(["calibrate", "--help"])
     assert "amskv plan --checkpoint FILE --policy" in capsys.readouterr().out
-    for name, _, _ in commands():
+    for name in ("plan", "fit", "calibrate", "doctor"):
         main([name, "--help"])
         assert "\nnext: " in capsys.readouterr().out
 
