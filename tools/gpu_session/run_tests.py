@@ -44,17 +44,17 @@ class Group:
         ]  # fmt: skip
 
 
-SMALL = "not first and not random and not large"
+SMALL = "not test_first and not random and not large"
 # The first three tell in a minute which kernels run right; then one kernel after the other, the surest first.
 FIRST = (
-    Group("first: triton", TRITON, "first", "triton"),
-    Group("first: portable", NATIVE, "first and portable", "portable"),
-    Group("first: hopper", NATIVE, "first and hopper", "hopper", TRAPS),
+    Group("first: triton", TRITON, "test_first", "triton"),
+    Group("first: portable", NATIVE, "test_first and portable", "portable"),
+    Group("first: hopper", NATIVE, "test_first and hopper", "hopper", TRAPS),
 )
 GROUPS = (
     *FIRST,
-    Group("triton", TRITON, "not first", "triton"),
-    Group("portable", NATIVE, "portable and not first", "portable"),
+    Group("triton", TRITON, "not test_first", "triton"),
+    Group("portable", NATIVE, "not hopper and not test_first", "portable"),
     Group("hopper: traps", NATIVE, f"hopper and {SMALL}", "hopper", TRAPS),
     Group("hopper: small", NATIVE, f"hopper and {SMALL}", "hopper"),
     Group("hopper: random", NATIVE, "hopper and random", "hopper"),
@@ -63,7 +63,7 @@ GROUPS = (
 )
 CHECKED = tuple(
     Group(
-        f"{tool}: {kernel}", NATIVE, f"{kernel} and first", kernel,
+        f"{tool}: {kernel}", NATIVE, f"{kernel} and test_first", kernel,
         prefix=("compute-sanitizer", "--tool", tool, "--error-exitcode", "9"), patience=CHECKED_FACTOR,
     )
     for tool in ("memcheck", "racecheck", "synccheck")
