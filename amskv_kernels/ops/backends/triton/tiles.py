@@ -9,8 +9,8 @@ named, there is none yet. Programs per multiprocessor follow from 64k registers 
 (sm_80) or 100 KB (sm_86, sm_89, sm_120) of shared memory.
 
 Before Triton 3.9 the same tiles come out in more registers, and an assembler without a bound stops at 128 or 168 and
-spills the rest: there a tile without a bound gets the largest, and where 3.9's bound would spill the line has a second
-tile. Both are compiled by `make kernel-report`.
+spills the rest: there a tile without a bound gets one that it does not need, and where 3.9's bound would spill the
+line has a second tile. Both are compiled by `make kernel-report`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import triton
 OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 # Packed heads with G > 1 need at least so many registers: a lower bound is not for them.
 GROUPED_REGISTERS = 168
-LARGEST_BOUND = 255  # what a thread can have
+SMALL_BOUND = 96  # of tiles of up to 32 rows: 5 programs of 4 warps
+LARGE_BOUND = 255  # all that a thread can have
 
 
 class Tile(NamedTuple):
@@ -50,7 +51,8 @@ class Tile(NamedTuple):
     def most_registers(self, group: int) -> int | None:
         """The bound for G query heads per KV head."""
         if self.registers is None:
-            return LARGEST_BOUND if OLD_TRITON else None
+            small = self.block_m <= 32 and self.heads == 1
+            return (SMALL_BOUND if small else LARGE_BOUND) if OLD_TRITON else None
         if self.heads == 1 or group == 1:
             return self.registers
         return max(self.registers, GROUPED_REGISTERS)
@@ -138,7 +140,10 @@ LINES: dict[tuple[int, int], tuple[Line, ...]] = {
     (100, 64): (
         _PACKED_64,
         _ROWS_16,
-        _ROWS_32,
+        Line(
+            32, Tile(32, 32, 4, 3, False, registers=80),
+            "not yet measured: memory-bound; 6 programs, unbounded GQA aims at 80 and spills",
+        ),
         Line(192, Tile(64, 64, 4, 3, False), "not yet measured: as on sm_90"),
         Line(ANY, Tile(128, 64, 8, 3), "not yet measured: tcgen05; 4 warps take 254 registers"),
     ),
@@ -151,12 +156,15 @@ LINES: dict[tuple[int, int], tuple[Line, ...]] = {
     ),
 }  # fmt: skip
 # sm_120 has neither wgmma nor tcgen05 and the shared memory of sm_86, so it takes those tiles: not yet measured. Its
-# assembler spills under the bounds that keep sm_80's from it.
+# assembler spills under the bounds that keep sm_80's from it, and heads of 96 without one.
 for _head_dim in (64, 128):
     LINES[120, _head_dim] = tuple(
         line
         if line.tile.heads > 1
-        else line._replace(tile=line.tile._replace(registers=None), old=line.old and line.old._replace(registers=None))
+        else line._replace(
+            tile=line.tile._replace(registers=SMALL_BOUND if _head_dim == 128 and line.rows <= 16 else None),
+            old=line.old and line.old._replace(registers=None),
+        )
         for line in LINES[80, _head_dim]
     )
 
