@@ -275,7 +275,7 @@ def test_random_calls(forced):
 
 @interpreted
 def test_auto_keeps_the_cpu_off_the_interpreter():
-    assert ops.choose("attn", "cpu").backend == "torch"
+    assert ops.choose("attn", "cpu").backend != "triton"
 
 
 def test_triton_serves_a_gpu_and_says_why_not_a_cpu(monkeypatch):

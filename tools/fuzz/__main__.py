@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from amskv_kernels import backend, ops
+from amskv_kernels.cli import console
 from amskv_kernels.files import write_text
 from amskv_kernels.version import __version__
 from tools.fuzz.calls import Call, draw_call, judge
@@ -113,7 +114,7 @@ def interpreted(arguments: argparse.Namespace) -> int:
     return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tools.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -126,7 +127,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """1 if anything was wrong."""
     arguments = _parse(argv)
     here = backends()
@@ -160,4 +161,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(console.run(main))
