@@ -223,10 +223,13 @@ def with_triton(version: str, arguments: list[str]) -> int:
 
 
 def merged(path: Path, versions: dict[str, str], rows: list[dict[str, object]]) -> dict[str, object]:
-    """The report with these rows as the part of their Triton, the newest first."""
-    before = read_json(path, "report").get("reports", []) if path.exists() else []
-    parts = [part for part in before if part["versions"]["triton"] != versions["triton"]]
-    parts.append({"versions": versions, "rows": rows})
+    """The report with these rows in the part of their Triton, whose other architectures stay; the newest part first."""
+    parts = read_json(path, "report").get("reports", []) if path.exists() else []
+    new = {row["arch"] for row in rows}
+    same = [part for part in parts if part["versions"]["triton"] == versions["triton"]]
+    kept = [row for part in same for row in part["rows"] if row["arch"] not in new]
+    parts = [part for part in parts if part not in same]
+    parts.append({"versions": versions, "rows": sorted(kept + rows, key=lambda row: row["arch"])})
     order = lambda part: [int(x) for x in part["versions"]["triton"].split(".")[:3]]  # noqa: E731
     return {"reports": sorted(parts, key=order, reverse=True)}
 

@@ -163,7 +163,7 @@ for _head_dim in (64, 128):
         if line.tile.heads > 1
         else line._replace(
             tile=line.tile._replace(registers=SMALL_BOUND if _head_dim == 128 and line.rows <= 16 else None),
-            old=line.old and line.old._replace(registers=None),
+            old=line.old and line.old._replace(registers=None, full_first=False),
         )
         for line in LINES[80, _head_dim]
     )
