@@ -3,6 +3,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+OUT ?= demo-out
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format fuzz bench bench-smoke shootout readme kernel-report gpu-test gpu-pack gpu-session tune native native-report wheel sdist-check compatibility clean
@@ -24,8 +25,8 @@ $(VENV)/ready: requirements.txt pyproject.toml setup.py
 demo: $(VENV)/ready  ## digits from one seed under every policy: table and pictures (3 minutes)
 	$(BIN)/python -m examples.digits.demo
 
-shootout: $(VENV)/ready  ## every cache policy at equal bytes on the digits: table and plot (6 minutes)
-	$(BIN)/python -m examples.digits.shootout
+shootout: $(VENV)/ready  ## every cache policy at equal bytes, 100 digits each: table and plot (10 minutes; goes on where it was cut off)
+	$(BIN)/python -m examples.digits.shootout --out $(OUT)
 
 test: lint  ## everything that needs no GPU
 	$(BIN)/python -m pytest

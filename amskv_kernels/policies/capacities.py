@@ -24,7 +24,7 @@ History = tuple[tuple[int, ...], ...]
 UNSPENT = 0.03  # of the budget, at most, where losses choose; more where every setting leaves more
 # Where none are measured. Of the mean, what each layer has at least; of the budget, what may be wasted in either way
 # before it is the only thing that counts to spend all.
-LEAST, LEFT, PASSING = 0.6, 0.01, 0.025
+LEAST, LEFT, PASSING = 0.85, 0.01, 0.025
 
 
 class Setting(NamedTuple):

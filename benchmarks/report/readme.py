@@ -216,7 +216,9 @@ def _shootout() -> str:
     result = json.loads(SHOOTOUT.read_text(encoding="utf-8"))
     machine = result["machine"]
     return (
-        f"{shootout.render(result['rows'], 'github')}\n\n{result['images']} digits per row with guidance, fp32; "
+        f"{shootout.render(result['rows'], 'github')}\n\n{result['images']} digits per row with guidance, fp32, with "
+        f"95 % confidence intervals. Attention time is over stock's, empty where it was not measured; *gap* is how far "
+        f"a fitted plan's expected loss may lie above the least possible. "
         f"{machine.get('gpu', _cpu(machine))}, torch {machine['torch']} "
         f"(`examples/digits/results/{SHOOTOUT.name}`).\n\n"
         f"PSNR ahead of a rival, in dB ± standard error, by the share of bytes allowed:\n\n"

@@ -2,46 +2,46 @@
 
     python -m examples.digits.shootout
 
-ScaleKV's drafters, HeatKV's head orders and AMS-KV's demanding layers are measured first, on digits drawn from other
-seeds. Quality is what an independent classifier recognises, and how close a digit stays to the one that the same seed
+What LeastLoss, AMS-KV, ScaleKV and HeatKV want to know of the model is measured first, on digits of other seeds.
+Quality is what an independent classifier recognises, and how close a digit stays to the one that the same seed
 gives with the full cache. Attention error tells why: how far a layer's attention over what is kept lies from attention
-over everything, for the same queries, keys and values.
+over everything, for the same queries, keys and values. What is drawn is written row by row; a run that was cut off goes
+on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import multiprocessing
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
-from amskv_kernels import AMSKV, CachePlan, Full, PagedKVCache, Policy, ScaleSchedule
-from amskv_kernels.calibrate import AttentionRecorder, SimilarityRecorder
-from amskv_kernels.cli import arguments, console, plots
+from amskv_kernels import CachePlan, Full, PagedKVCache, Policy, ScaleSchedule
+from amskv_kernels.cli import console, plots
 from amskv_kernels.files import write_json
 from amskv_kernels.models import VAR, VQVAE, ConcatKVCache, Generation
 from amskv_kernels.planning.memory import MIB
-from amskv_kernels.policies import H2O, HeadOrders, HeatKV, PyramidKV, Recent, ScaleKV, SnapKV
-from amskv_kernels.policies.calibration import rank_layers
+from amskv_kernels.policies import LeastLoss
+from examples.digits.contestants import ABLATION, FITTED, RIVALS, SHARES, WINDOWS, contestants, measure
 from examples.digits.data import accuracy
 from examples.digits.demo import PAIR_BYTES, Timed, machine
 from examples.digits.model import SAMPLING, load
 
-SHARES = (0.50, 0.25, 0.15, 0.10)  # of the tokens, and here of the bytes too, that stock keeps
-SINKS = 5  # tokens of the first two scales, as many as AMS-KV condenses
-MEASURED = 20  # images to calibrate with
 ROUNDING = 1 / (12 * 255**2)  # squared error of rounding to 8 bits: no image is closer than that, 58.9 dB
 COMPARED = 10  # images to measure the attention error with
+TIMED = 10  # images to time attention on
 
 
 class Clocked(Timed):
@@ -100,93 +100,14 @@ class Row:
     retained_mib: float
     retained_share: float
     peak_mib: float
-    attention_seconds: float
-    attention_share: float
     accuracy: float
     same_tokens: float
     psnr_db: float | None  # None: identical
     psnr_each: list[float]  # of every image
     attention_error: float
     settings: str
-
-
-class Measured(NamedTuple):
-    """What policies want to know of the model."""
-
-    ranking: tuple[int, ...]  # layers, most cache-demanding first
-    orders: HeadOrders
-    drafters: tuple[tuple[int, ...], ...]
-    needs: list[list[float]]  # (L, K) mean attention that later scales pay to each scale
-
-
-def measure(var: VAR, vae: VQVAE, device: torch.device) -> Measured:
-    """All of it from one batch of digits."""
-    schedule, layers = var.config.schedule, var.config.depth
-    similarity = SimilarityRecorder(schedule, layers, ConcatKVCache())
-    attention = AttentionRecorder(schedule, layers, similarity)
-    labels = torch.arange(MEASURED, device=device) % var.config.num_classes
-    var.generate(vae, labels, attention, generator=torch.Generator(device).manual_seed(7), **SAMPLING)
-    needs = [[sum(each) / len(layer) for each in zip(*layer, strict=True)] for layer in attention.scores()]
-    return Measured(rank_layers(similarity.similarity()), attention.orders(), attention.drafters().layers, needs)
-
-
-def contestants(schedule: ScaleSchedule, layers: int, measured: Measured) -> dict[tuple[str, float], Policy]:
-    """Every policy at every share."""
-    found: dict[tuple[str, float], Policy] = {}
-    for share in SHARES:
-        tokens = round(share * schedule.total)
-        found |= {
-            ("AMS-KV", share): AMSKV.for_saving(schedule, layers, 1 - share, measured.ranking),
-            ("AMS-KV, tuned", share): tuned(schedule, measured, tokens),
-            ("ScaleKV", share): ScaleKV(tokens, drafters=measured.drafters),
-            ("ScaleKV, paper", share): ScaleKV(tokens, "paper", measured.drafters),
-            ("HeatKV", share): HeatKV(tokens / schedule.prefix, measured.orders),
-            ("SnapKV", share): SnapKV(tokens),
-            ("PyramidKV", share): PyramidKV(tokens),
-            ("H2O", share): H2O(tokens),
-            ("sink", share): Recent(tokens, SINKS),
-            ("sliding window", share): Recent(tokens),
-            # The last whole scales that fit, one too large skipped: Algorithm 1 of AMS-KV with nothing condensed.
-            ("window of scales", share): AMSKV.with_capacity(tokens, tokens, condensed=0),
-        }
-    return found
-
-
-def tuned(schedule: ScaleSchedule, measured: Measured, mean: int) -> Policy:
-    """The AMS-KV setting within `mean` tokens a layer that keeps most of the measured attention.
-
-    Its paper leaves capacities, condensed scales and the number of demanding layers open; all are tried.
-
-    Args:
-        schedule: the model's schedule.
-        measured: what is known of the model.
-        mean: tokens a layer.
-    """
-    ranking, needs = measured.ranking, measured.needs
-    layers, tokens = len(needs), schedule.tokens
-    best: tuple[float, Policy] = (-1.0, Full())
-    for condensed in range(3):
-        locked = sum(tokens[:condensed])
-        sums = {locked + sum(tokens[i:j]) for j in range(condensed + 1, len(tokens)) for i in range(condensed, j)}
-        kept = {}
-        for size in sorted(sums):
-            history = AMSKV.with_capacity(size, size, condensed=condensed).history(schedule, size, None)
-            held = [sum(tokens[scale] for scale in seen) for seen in history]
-            gain = [
-                sum(n * need[scale] for n, seen in zip(tokens, history, strict=True) for scale in seen)
-                for need in needs
-            ]
-            kept[size] = held, gain
-        for small, large, count in product(kept, kept, range(layers)):
-            (held, gain), (more, most) = kept[small], kept[large]
-            total = max((layers - count) * a + count * b for a, b in zip(held, more, strict=True))
-            if small > large or total > mean * layers:
-                continue
-            covered = sum(most[i] for i in ranking[:count]) + sum(gain[i] for i in ranking[count:])
-            if covered > best[0]:
-                policy = AMSKV.with_capacity(small, large, condensed=condensed, demanding_layers=ranking[:count])
-                best = covered, policy
-    return best[1]
+    attention_share: float | None = None  # of stock's time; None: not measured
+    gap: float | None = None  # of a fitted plan: how far above the least possible its expected loss may lie
 
 
 def attention_error(var: VAR, vae: VQVAE, plan: CachePlan, device: torch.device) -> float:
@@ -202,7 +123,7 @@ def attention_error(var: VAR, vae: VQVAE, plan: CachePlan, device: torch.device)
 
 
 def draw(
-    var: VAR, vae: VQVAE, plan: CachePlan | None, labels: Tensor, batch: int, tick: tqdm
+    var: VAR, vae: VQVAE, plan: CachePlan | None, labels: Tensor, batch: int
 ) -> tuple[Generation, float]:  # fmt: skip
     """The digits under one plan, None for stock's cache, and the seconds that attention took."""
     config, seconds, parts = var.config, 0.0, []
@@ -217,51 +138,101 @@ def draw(
         rng = torch.Generator(labels.device).manual_seed(1000 + i)
         parts.append(var.generate(vae, part, clocked, generator=rng, **SAMPLING))
         seconds += clocked.seconds
-        tick.update()
     images, tokens = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
     return Generation(images, tokens), seconds
 
 
-def run(
-    var: VAR, vae: VQVAE, measured: Measured, images: int, batch: int, device: torch.device
-) -> Iterator[Row]:  # fmt: skip
-    """The full cache and every contestant, beside stock's cache."""
-    config = var.config
-    schedule, layers = config.schedule, config.depth
-    labels = torch.arange(images, device=device) % config.num_classes
-    policies = contestants(schedule, layers, measured)
-    token_mib = 2 * batch * config.num_heads * config.head_dim * PAIR_BYTES / MIB
-    with tqdm(total=len(labels.split(batch)) * (2 + len(policies)), unit="batch", disable=None) as tick:
-        _, stock_seconds = draw(var, vae, None, labels, batch, tick)
-        full: Generation | None = None
-        for (name, share), policy in {("full", 1.0): Full(), **policies}.items():
-            plan = CachePlan.build(schedule, policy, layers, kv_heads=config.num_heads)
-            drawn, seconds = draw(var, vae, plan, labels, batch, tick)
-            full = full or drawn
-            error = (drawn.images - full.images).square().flatten(1).mean(1).clamp_min(ROUNDING)
-            psnr = [round(10 * -math.log10(each), 3) for each in error.tolist()]
-            held = plan.retained_tokens / plan.heads
-            yield Row(
-                policy=name,
-                share=share,
-                tokens_per_layer=held / layers,
-                retained_mib=held * token_mib,
-                retained_share=held / layers / schedule.total,
-                peak_mib=plan.peak_tokens / plan.heads * token_mib,
-                attention_seconds=seconds,
-                attention_share=seconds / stock_seconds,
-                accuracy=accuracy(drawn.images, labels.cpu()),
-                same_tokens=float((drawn.tokens == full.tokens).float().mean()),
-                psnr_db=None if drawn is full else sum(psnr) / len(psnr),
-                psnr_each=psnr,
-                attention_error=attention_error(var, vae, plan, device),
-                settings=repr(policy),
-            )
+class Bench:
+    """A model at work, and the digits that everything is compared with."""
+
+    def __init__(self, images: int, batch: int, device: str) -> None:
+        torch.set_num_threads(1)
+        self.device, self.batch = torch.device(device), batch
+        self.var, self.vae = load(self.device)
+        self.labels = torch.arange(images, device=self.device) % self.var.config.num_classes
+        self.full = draw(self.var, self.vae, self.plan(Full()), self.labels, batch)[0]
+
+    def plan(self, policy: Policy) -> CachePlan:
+        """The policy's plan."""
+        config = self.var.config
+        return CachePlan.build(config.schedule, policy, config.depth, kv_heads=config.num_heads)
+
+    def row(self, name: str, share: float, policy: Policy) -> Row:
+        """One policy's quality, beside the full cache."""
+        config, full, plan = self.var.config, self.full, self.plan(policy)
+        layers, total = config.depth, config.schedule.total
+        token_mib = 2 * self.batch * config.num_heads * config.head_dim * PAIR_BYTES / MIB
+        drawn = full if name == "full" else draw(self.var, self.vae, plan, self.labels, self.batch)[0]
+        error = (drawn.images - full.images).square().flatten(1).mean(1).clamp_min(ROUNDING)
+        psnr = [round(10 * -math.log10(each), 3) for each in error.tolist()]
+        held = plan.retained_tokens / plan.heads
+        return Row(
+            policy=name,
+            share=share,
+            tokens_per_layer=held / layers,
+            retained_mib=held * token_mib,
+            retained_share=held / layers / total,
+            peak_mib=plan.peak_tokens / plan.heads * token_mib,
+            accuracy=accuracy(drawn.images, self.labels.cpu()),
+            same_tokens=float((drawn.tokens == full.tokens).float().mean()),
+            psnr_db=None if drawn is full else sum(psnr) / len(psnr),
+            psnr_each=psnr,
+            attention_error=attention_error(self.var, self.vae, plan, self.device),
+            settings=repr(policy),
+            gap=policy.fit.gap if isinstance(policy, LeastLoss) else None,
+        )
+
+    def attention_share(self, policy: Policy) -> float:
+        """Its attention's time over stock's, the one right after the other on the same digits."""
+        labels = self.labels[:TIMED]
+        own, stock = (draw(self.var, self.vae, plan, labels, TIMED)[1] for plan in (self.plan(policy), None))
+        return own / stock
+
+
+_bench: Bench | None = None  # of a worker process
+
+
+def _start(images: int, batch: int, device: str) -> None:
+    global _bench
+    _bench = Bench(images, batch, device)
+
+
+def _row(name: str, share: float, policy: Policy) -> Row:
+    assert _bench is not None
+    return _bench.row(name, share, policy)
+
+
+def run(args: argparse.Namespace, known: Sequence[dict]) -> Iterator[dict]:
+    """The full cache and every contestant; a row that is known already, of the same settings, is not drawn again."""
+    device = torch.device(args.device)
+    var, vae = load(device)
+    policies = {("full", 1.0): Full()} | contestants(var.config.schedule, var.config.depth, measure(var, vae, device))
+    done = {(row["policy"], row["share"], row["settings"]): row for row in known}
+    setup = (args.images, args.batch, args.device)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=spawn, initializer=_start, initargs=setup) as pool:
+        found = {}
+        for (name, share), policy in policies.items():
+            row = done.get((name, share, repr(policy)))
+            found[name, share] = row or pool.submit(_row, name, share, policy)
+        for row in tqdm(found.values(), unit="row", desc="drawing", disable=None):
+            yield row if isinstance(row, dict) else asdict(row.result())
+
+
+def time_rows(args: argparse.Namespace, rows: Sequence[dict]) -> None:
+    """Attention times, one process alone: for every row, whatever was known of it."""
+    bench = Bench(TIMED, TIMED, args.device)
+    policies = contestants(
+        bench.var.config.schedule, bench.var.config.depth, measure(bench.var, bench.vae, bench.device)
+    )
+    for row in tqdm(rows, unit="row", desc="timing", disable=None):
+        row["attention_share"] = bench.attention_share(policies.get((row["policy"], row["share"]), Full()))
 
 
 def render(rows: Sequence[dict], style: str = "simple") -> str:
     """Rows, as `asdict` gives them, as a table for people: the best PSNR first at each share."""
-    ordered = sorted(rows, key=lambda row: (-row["share"], -(row["psnr_db"] or 99)))
+    shown = [row for row in rows if row["policy"] not in ABLATION]
+    ordered = sorted(shown, key=lambda row: (-row["share"], -(row["psnr_db"] or 99)))
     lines = [
         (
             f"{row['share']:.0%}",
@@ -269,40 +240,52 @@ def render(rows: Sequence[dict], style: str = "simple") -> str:
             f"{row['tokens_per_layer']:.1f}",
             f"{row['retained_mib']:.1f} ({row['retained_share']:.1%})",
             f"{row['peak_mib']:.1f}",
-            f"{row['attention_share']:.2f}×",
+            "" if row["attention_share"] is None else f"{row['attention_share']:.2f}×",
             f"{row['accuracy']:.1%}",
             f"{row['same_tokens']:.1%}",
-            "identical" if row["psnr_db"] is None else f"{row['psnr_db']:.2f} dB",
+            _psnr(row),
             f"{row['attention_error']:.1%}",
+            "" if row["gap"] is None else f"{row['gap']:.1%}",
         )
         for row in ordered
     ]
     headers = (
         "allowed", "policy", "tokens / layer", "KV MiB (of stock)", "peak MiB", "attention time", "recognised",
-        "same tokens", "PSNR", "attention error",
+        "same tokens", "PSNR, dB (95 %)", "attention error", "gap",
     )  # fmt: skip
     return tabulate(
-        lines, headers=headers, tablefmt=style, disable_numparse=True, colalign=("right", "left", *["right"] * 8)
+        lines, headers=headers, tablefmt=style, disable_numparse=True, colalign=("right", "left", *["right"] * 9)
     )
 
 
-def margins(rows: Sequence[dict], style: str = "simple") -> str:
-    """How much closer to the full cache's images AMS-KV and ScaleKV come than their rivals: dB ± standard error.
+def _psnr(row: dict) -> str:
+    """A row's mean and its 95 % confidence interval."""
+    if row["psnr_db"] is None:
+        return "identical"
+    return f"{row['psnr_db']:.2f} ± {1.96 * scatter(row['psnr_each']):.2f}"
 
-    The same seeds are compared image by image.
-    """
+
+def scatter(values: Sequence[float]) -> float:
+    """Standard error of a mean."""
+    return float(torch.tensor(values).std() / len(values) ** 0.5)
+
+
+def ahead(rows: Sequence[dict], ours: str, rival: str, share: float) -> tuple[float, float]:
+    """How much closer to the full cache's digits `ours` comes, dB, and its standard error: paired, image by image."""
     psnr = {(row["policy"], row["share"]): row["psnr_each"] for row in rows}
+    each = [own - other for own, other in zip(psnr[ours, share], psnr[rival, share], strict=True)]
+    return sum(each) / len(each), scatter(each)
 
-    def ahead(ours: str, rival: str, share: float) -> str:
-        each = torch.tensor(psnr[ours, share]) - torch.tensor(psnr[rival, share])
-        return f"{float(each.mean()):+.1f} ± {float(each.std() / len(each) ** 0.5):.1f}"
 
-    rivals = ("window of scales", "sliding window", "H2O")
-    lines = [
-        (ours, f"against {rival}", *(ahead(ours, rival, share) for share in SHARES))
-        for ours in ("AMS-KV", "AMS-KV, tuned", "ScaleKV", "ScaleKV, paper")
-        for rival in rivals
-    ]
+def margins(rows: Sequence[dict], style: str = "simple") -> str:
+    """How far ahead of their rivals LeastLoss and AMS-KV are, and AMS-KV of itself with other demanding layers."""
+    pairs = [(ours, rival) for ours in FITTED for rival in RIVALS]
+    pairs += [(ours, rival) for ours in ("AMS-KV, calibrated", "AMS-KV") for rival in (*WINDOWS, "H2O")]
+    pairs += [("AMS-KV, calibrated", rival) for rival in ABLATION]
+    lines = []
+    for ours, rival in pairs:
+        found = [ahead(rows, ours, rival, share) for share in SHARES]
+        lines.append((ours, f"against {rival}", *(f"{mean:+.2f} ± {error:.2f}" for mean, error in found)))
     headers = ("policy", "", *(f"{share:.0%}" for share in SHARES))
     align = ("left", "left", *["right"] * len(SHARES))
     return tabulate(lines, headers=headers, tablefmt=style, disable_numparse=True, colalign=align)
@@ -321,35 +304,45 @@ def worth(scales: Sequence[dict], style: str = "simple") -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--images", type=arguments.whole(1), default=30, help="digits per policy and share (default 30)"
-    )
-    parser.add_argument("--batch", type=arguments.whole(1), default=30, help="images at once (default 30)")
-    parser.add_argument("--device", type=arguments.device, default="cpu")
-    parser.add_argument(
-        "--out", type=arguments.output_folder, default=Path("demo-out"), help="folder to write to (default demo-out)"
-    )
+    parser.add_argument("--images", type=int, default=100, help="digits per policy and share (default 100)")
+    parser.add_argument("--batch", type=int, default=20, help="images at once (default 20)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that draw (default 2)")
+    parser.add_argument("--no-times", action="store_true", help="quality alone, for a machine that is not idle")
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder to write to (default demo-out)")
     args = parser.parse_args(argv)
-    if args.batch > args.images:
-        parser.error("--batch must be between 1 and --images")
-    device = torch.device(args.device)
-    var, vae = load(device)
-    measured = measure(var, vae, device)
-    rows = [asdict(row) for row in run(var, vae, measured, args.images, args.batch, device)]
+    if not 2 <= args.batch <= args.images or args.jobs < 1:
+        parser.error("--batch must be between 2 and --images, and --jobs at least 1")
+    path, device = args.out / "shootout.json", torch.device(args.device)
+    setup: dict[str, Any] = {"images": args.images, "batch": args.batch, "sampling": SAMPLING}
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = before.get("rows", []) if all(before.get(key) == value for key, value in setup.items()) else []
     ran = machine() if device.type == "cpu" else {**machine(), "gpu": torch.cuda.get_device_name(device)}
-    result = {
-        "machine": ran, "images": args.images, "batch": args.batch, "sampling": SAMPLING, "rows": rows,
-        "scales": [
-            {"tokens": n, "attention": sum(each) / len(measured.needs)}
-            for n, each in zip(var.config.schedule.tokens[:-1], zip(*measured.needs, strict=True), strict=False)
-        ],
-    }  # fmt: skip
-    write_json(args.out / "shootout.json", result)
-    plots.quality(rows, f"{args.images} digits from the same seeds, fp32", args.out / "shootout.png")
+    result = {"machine": ran, **setup, "rows": [], "scales": scales(device)}
+    for row in run(args, known):
+        result["rows"].append(row)
+        # What an interrupted run has drawn is there for the next one.
+        drawn = {(each["policy"], each["share"]) for each in result["rows"]}
+        left = [each for each in known if (each["policy"], each["share"]) not in drawn]
+        write_json(path, {**result, "rows": [*result["rows"], *left]})
+    rows = result["rows"]
+    if not args.no_times:
+        time_rows(args, rows)
+    write_json(path, result)
+    shown = [row for row in rows if row["policy"] not in ABLATION]
+    plots.quality(shown, f"{args.images} digits from the same seeds, fp32", args.out / "shootout.png")
     print(f"\n{args.images} digits, cfg {SAMPLING['cfg']}, on {ran.get('gpu', ran['cpu'])}\n\n{render(rows)}\n")
     print(f"PSNR ahead, dB\n\n{margins(rows)}\n\n{worth(result['scales'])}\n")
     print(f"picture   {args.out / 'shootout.png'}")
-    print(f"figures   {args.out / 'shootout.json'}")
+    print(f"figures   {path}")
+
+
+def scales(device: torch.device) -> list[dict[str, float]]:
+    """What each scale of the model is worth: its tokens, and the mean attention that later scales pay to it."""
+    losses = measure(*load(device), device).losses
+    mass = losses.mass.mean((0, 1))  # (step, scale)
+    tokens = ScaleSchedule(losses.schedule).tokens[:-1]
+    return [{"tokens": n, "attention": float(mass[scale + 1 :, scale].mean())} for scale, n in enumerate(tokens)]
 
 
 if __name__ == "__main__":

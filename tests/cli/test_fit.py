@@ -59,6 +59,18 @@ def test_a_stack_of_random_weights_runs_too(tmp_path, capsys):
     assert (losses.num_layers, losses.kv_heads, losses.images) == (2, 2, 1)
 
 
+def test_calibrate_measures_losses(files, tmp_path, capsys):
+    out, plot = tmp_path / "losses.json", tmp_path / "losses.png"
+    argv = ["calibrate", *files, "--method", "loss", "--images", "3", "--batch", "2"]
+    assert main([*argv, "--out", str(out), "--plot", str(plot)]) == 0
+    assert f"--policy least-loss:25@{out}" in capsys.readouterr().out.replace("'", "")
+    losses = Losses.load(out)
+    assert (losses.images, losses.schedule) == (3, SCHEDULE.sizes) and plot.stat().st_size > 1000
+    CachePlan.build(SCHEDULE, parse_policy(f"least-loss:25@{out}", SCHEDULE, 3), 3)
+    assert main([*argv, "--top", "3", "--out", str(out)]) == 2
+    assert "--top means nothing to --method loss" in capsys.readouterr().err
+
+
 def test_the_same_seed_draws_the_same():
     stack = InfinityStack(InfinityConfig(1, 128, 2, chunks=1)).requires_grad_(False)
     subject = RandomStack.of(stack, SCHEDULE)

@@ -5,45 +5,80 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_allocation import random_losses
 
 from amskv_kernels import CachePlan, ScaleSchedule
-from amskv_kernels.policies import HeadOrders
-from examples.digits import demo, shootout
+from amskv_kernels.policies import Drafters, HeadOrders, LeastLoss
+from examples.digits import contestants, demo, shootout
 
 RESULT = Path(shootout.__file__).parent / "results" / "shootout.json"
 VAR_256 = ScaleSchedule.named("var-256")
 
 
-def measured(layers, needs):
-    scores = [[need] * 2 for need in needs]
-    return shootout.Measured(tuple(range(layers)), HeadOrders.from_scores(scores, VAR_256), ((0,),), needs)
-
-
 def test_every_contestant_stays_within_its_share():
-    needs = [[1 / (1 + scale + layer) for scale in range(10)] for layer in range(4)]
-    policies = shootout.contestants(VAR_256, 4, measured(4, needs))
+    losses = random_losses(VAR_256, 4, 2, 0)
+    scores = losses.mass.mean(2).tolist()
+    drafters = Drafters(VAR_256.sizes, ((0.0,) * 10,) * 4, ((0,),) * 10, 16, 1)
+    measured = contestants.Measured(losses, HeadOrders.from_scores(scores, VAR_256), drafters)
+    policies = contestants.contestants(VAR_256, 4, measured)
     names = {name for name, _ in policies}
-    assert len(policies) == len(names) * len(shootout.SHARES)
+    assert names >= {*contestants.FITTED, *contestants.RIVALS, *contestants.ABLATION, "AMS-KV", "AMS-KV, calibrated"}
+    assert len(policies) == len(names) * len(contestants.SHARES)
     for (name, share), policy in policies.items():
         plan = CachePlan.build(VAR_256, policy, 4, kv_heads=2)
         assert plan.retained_tokens / plan.heads / 4 <= share * VAR_256.total + 0.5, name
 
 
-@pytest.mark.parametrize("wanted", [3, 8])
-def test_tuning_keeps_the_scale_that_matters(wanted):
-    needs = [[float(scale == wanted) for scale in range(10)]] * 4
-    policy = shootout.tuned(VAR_256, measured(4, needs), 180)
-    assert wanted in policy.visible(VAR_256, 0, 9)
+def test_the_paired_difference_is_taken_image_by_image():
+    rows = [
+        {"policy": "a", "share": 0.5, "psnr_each": [30.0, 40.0, 35.0]},
+        {"policy": "b", "share": 0.5, "psnr_each": [29.0, 38.0, 32.0]},
+    ]
+    mean, error = shootout.ahead(rows, "a", "b", 0.5)
+    assert mean == pytest.approx(2) and error == pytest.approx(3**-0.5)
 
 
 def test_tables_of_the_committed_result():
     result = json.loads(RESULT.read_text(encoding="utf-8"))
     rows = result["rows"]
-    assert {row["share"] for row in rows} == {1.0, *shootout.SHARES}
+    assert {row["share"] for row in rows} == {1.0, *contestants.SHARES}
     assert all(row["retained_share"] <= row["share"] + 1e-9 for row in rows)
-    assert shootout.render(rows).count("\n") == len(rows) + 1
-    assert "ScaleKV, paper  against H2O" in shootout.margins(rows)
+    assert all(len(row["psnr_each"]) == result["images"] for row in rows)
+    shown = [row for row in rows if row["policy"] not in contestants.ABLATION]
+    assert shootout.render(rows).count("\n") == len(shown) + 1
+    assert "AMS-KV, calibrated  against sink" in shootout.margins(rows)
     assert shootout.worth(result["scales"]).count("\n") == len(VAR_256)
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
+    losses = random_losses(VAR_256, 8, 2, 0)
+    policies = {("LeastLoss", 0.25): LeastLoss(170, losses), ("LeastLoss", 0.1): LeastLoss(68, losses)}
+    monkeypatch.setattr(shootout, "contestants", lambda *_: policies)
+    monkeypatch.setattr(shootout, "measure", lambda *_: None)
+    drawn = []
+
+    class Pool:
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, _, name, share, policy):
+            drawn.append((name, share))
+            row = shootout.Row(name, share, 0, 0, 0, 0, 0, 0, 0, [], 0, repr(policy))
+            return type("Future", (), {"result": lambda self: row})()
+
+    monkeypatch.setattr(shootout, "ProcessPoolExecutor", Pool)
+    args = type("Args", (), {"images": 2, "batch": 2, "device": "cpu", "jobs": 1})()
+    rows = list(shootout.run(args, []))
+    assert drawn == [("full", 1.0), *policies] and len(rows) == 3
+    drawn.clear()
+    assert list(shootout.run(args, rows[:2])) == rows
+    assert drawn == [("LeastLoss", 0.1)]
 
 
 def test_no_progress_bar_in_a_log(capsys):
