@@ -34,7 +34,9 @@ def test_links_lead_somewhere(path):
 
 def test_the_worked_call_runs():
     page = (ROOT / "docs/op.md").read_text(encoding="utf-8")
-    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert blocks
+    for block in blocks:
         exec(compile(block, "docs/op.md", "exec"), {})
 
 
