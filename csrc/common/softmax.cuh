@@ -16,13 +16,14 @@ inline constexpr float kLn2 = 0.693147180559945f, kLog2E = 1.44269504088896f;
 inline constexpr float kMaxShift = 0x1p28f;         // logits of 1.8 · 10⁸
 inline constexpr float kCoarseScale = 0x1p10f;      // above every other scale
 inline constexpr float kNoShift = -3.402823466e38f;  // of a row without keys: finite, so that −∞ minus it is −∞
+inline constexpr float kNoScore = kNoShift / kCoarseScale;  // the largest score of such a row
 
 __device__ __forceinline__ float shift_of(float largest_score, float scale) {
     const float shift = largest_score * scale;
     return fabsf(shift) < kMaxShift ? shift : largest_score * kCoarseScale;
 }
 
-// The scale of a row with this shift.
+// The scale of a row with this shift, be it from shift_of or the largest score times `scale`.
 __device__ __forceinline__ float scale_of(float shift, float scale) {
     return fabsf(shift) < kMaxShift ? scale : kCoarseScale;
 }

@@ -46,12 +46,14 @@ struct Registers {
     float scores[Tile::kKeys / 2];  // then their exponentials
     uint32_t probabilities[kSteps][4];
     float out[Tile::kHeadDim / 2];
+    float row_max[2];  // the largest score
     float row_shift[2];  // what the exponents are measured from; at the end the log-sum-exp
     float row_sum[2];  // this thread's columns only, until the end
 
     __device__ __forceinline__ void clear() {
 #pragma unroll
         for (int i = 0; i < Tile::kHeadDim / 2; ++i) out[i] = 0;
+        row_max[0] = row_max[1] = kNoScore;
         row_shift[0] = row_shift[1] = kNoShift;
         row_sum[0] = row_sum[1] = 0;
     }
@@ -105,13 +107,15 @@ struct Registers {
     __device__ __forceinline__ void exponentiate(float (&shrink)[2], float scale_log2) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float top = -INFINITY;
+            float top = row_max[half];
 #pragma unroll
             for (int i = 0; i < kCount / 2; ++i) top = fmaxf(top, scores[i / 2 * 4 + 2 * half + i % 2]);
             top = fmaxf(top, shuffle_xor(top, 1));
             top = fmaxf(top, shuffle_xor(top, 2));
-            const float shift = fmaxf(row_shift[half], shift_of(top, scale_log2)), scale = scale_of(shift, scale_log2);
+            // As shift_of has it, but with one comparison for both.
+            const float scale = scale_of(top * scale_log2, scale_log2), shift = top * scale;
             shrink[half] = exp2_fast(row_shift[half] - shift);
+            row_max[half] = top;
             row_shift[half] = shift;
             float sum = row_sum[half] * shrink[half];
 #pragma unroll
