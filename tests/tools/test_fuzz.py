@@ -9,7 +9,7 @@ from amskv_kernels import backend
 from amskv_kernels.ops.backends import torch as torch_backend
 from amskv_kernels.planning.plan import CachePlan
 from tools.fuzz import __main__ as fuzz
-from tools.fuzz.calls import draw_call
+from tools.fuzz.calls import NARROW, draw_call
 from tools.fuzz.malformed import refused
 from tools.fuzz.plans import judge_plan
 
@@ -33,6 +33,22 @@ def test_the_same_number_draws_the_same_call():
         assert one.op == two.op
         for x, y in zip(one.args.values(), two.args.values(), strict=True):
             assert torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) if isinstance(x, torch.Tensor) else x == y
+
+
+def test_the_interpreters_calls_meet_every_kernel_of_attn():
+    attn = pytest.importorskip("amskv_kernels.ops.backends.triton.attn")
+    names = ("q", "k", "v", "pages", "read_slots", "write_slots", "softmax_scale")
+    met = set()
+    for i in range(3000):
+        call = draw_call(SEED + i, NARROW)
+        if call.op == "attn" and call.args["q"].numel():
+            launch = attn.plan_launch(*(call.args[name] for name in names))
+            meta = launch.start._meta
+            met.add((meta.get("HP", 1), meta["BM"], meta.get("FULL_FIRST"), launch.splits > 1))
+    one = {(1, 16, False), (1, 32, False), (1, 64, False), (1, 128, True)}  # the tiles of the table for sm_80
+    assert {kind[:3] for kind in met if kind[0] == 1 and not kind[3]} >= one
+    assert {kind[0] for kind in met} == {1, 2, 4}
+    assert any(kind[3] for kind in met)
 
 
 FAULTS = {
@@ -76,7 +92,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     command = ["--backend", "torch", "--plans", "0", "--out", str(path), "--calls"]
     assert fuzz.main([*command, "6"]) == 0
     seen = []
-    monkeypatch.setattr(fuzz, "judge_call", lambda number: seen.append(number))
+    monkeypatch.setattr(fuzz, "judge_call", lambda number, sizes: seen.append(number))
     assert fuzz.main([*command, "9"]) == 0
     assert seen == [6, 7, 8]
     assert json.loads(path.read_text())["found"]["torch"]["done"] == 9

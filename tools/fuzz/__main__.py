@@ -10,6 +10,7 @@ The same seed draws the same calls. With --out the counts are saved as it goes, 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -27,7 +28,8 @@ from amskv_kernels import backend, ops
 from amskv_kernels.cli import console
 from amskv_kernels.files import write_text
 from amskv_kernels.version import __version__
-from tools.fuzz.calls import Call, draw_call, judge
+from tools.fuzz.calls import NARROW, WIDE, Call, Sizes, draw_call, judge
+from tools.fuzz.interpreter import hasten
 from tools.fuzz.malformed import refused, spoil
 from tools.fuzz.plans import judge_plan
 
@@ -40,6 +42,7 @@ MODES = {
     "inference": torch.inference_mode,
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
 }
+SIZES = {"triton": NARROW}  # of the backends that are not given WIDE
 
 
 def in_mode(mode: str) -> Callable[[Call], Any]:
@@ -52,9 +55,9 @@ def in_mode(mode: str) -> Callable[[Call], Any]:
     return run
 
 
-def judge_call(number: int) -> str | None:
+def judge_call(number: int, sizes: Sizes = WIDE) -> str | None:
     """What is wrong with what this backend makes of the call that this number draws, None if nothing is."""
-    call = draw_call(number)
+    call = draw_call(number, sizes)
     if number % MALFORMED == 0:
         spoilt, way = spoil(call, number)
         wrong = refused(spoilt)
@@ -133,9 +136,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     here = backends()
     names = [arguments.backend] if arguments.backend else here
     torch.set_num_threads(1)  # the calls are small
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        hasten()
     if arguments.at is not None:
         with backend(names[0]):
-            print(judge_call(arguments.seed * STRIDE + arguments.at) or "right")
+            print(judge_call(arguments.seed * STRIDE + arguments.at, SIZES.get(names[0], WIDE)) or "right")
         return 0
     header = {"version": __version__, "torch": torch.__version__, "machine": platform.machine(), "seed": arguments.seed}
     state: dict[str, Any] = {**header, "found": {}}
@@ -150,8 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_text(arguments.out, json.dumps(state, indent=1) + "\n")
 
     for name in names:
+        judged = functools.partial(judge_call, sizes=SIZES.get(name, WIDE))
         with backend(name):
-            fuzz(name, judge_call, arguments.calls, arguments.seed, state["found"], save)
+            fuzz(name, judged, arguments.calls, arguments.seed, state["found"], save)
     if arguments.plans:
         fuzz("plans", judge_plan, arguments.plans, arguments.seed, state["found"], save)
     failed = any(row["wrong"] for row in state["found"].values())

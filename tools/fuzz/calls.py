@@ -9,13 +9,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from amskv_kernels.ops import reference
-from amskv_kernels.planning.layout import HEAD_DIMS, PAGE_SIZES, ROWS_BITS
+from amskv_kernels.planning.layout import HEAD_DIMS, ROWS_BITS
 
 Tables = list[list[list[int]]]
 
@@ -26,6 +26,43 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OUT_LIMIT = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
 LSE_LIMIT = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 SCORE_LIMIT = 1e-3
+
+
+class Sizes(NamedTuple):
+    """What the shape of a call is drawn from, every entry as likely as the next.
+
+    Attributes:
+        batch: sequences.
+        kv_heads: KV heads.
+        group: query heads of each.
+        tokens: rows of k of this call.
+        entries: pages of history.
+        page_sizes: tokens of a page.
+        window: query rows of `window_scores`.
+    """
+
+    batch: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    group: tuple[int, ...]
+    tokens: tuple[int, ...]
+    entries: tuple[int, ...]
+    page_sizes: tuple[int, ...]
+    window: tuple[int, ...]
+
+
+WIDE = Sizes(
+    batch=(0, 1, 1, 2, 2, 3), kv_heads=(1, 1, 2, 3), group=(1, 1, 2, 3), tokens=(0, 1, 1, 2, 5, 9, 16, 17, 30),
+    entries=(0, 0, 1, 2, 3), page_sizes=(16, 32, 64), window=(1, 3, 16),
+)  # fmt: skip
+# Of Triton's interpreter: it takes its time for each program and tile, however many numbers they hold. So mostly one
+# sequence and one head, and few pages; every kind of call stays: none and two sequences, several heads, GQA, odd
+# lengths, every line of the tile table (rows of q up to 16, 32, 64, 128 and above), and histories of 14 pages, whose
+# keys are cut into shares.
+NARROW = Sizes(
+    batch=(0,) * 3 + (1,) * 12 + (2,) * 2, kv_heads=(1,) * 10 + (2, 2, 3), group=(1, 1, 2, 3),
+    tokens=(0, 1, 1, 2, 2, 3, 5, 5, 7, 9, 11, 15, 16, 17, 24, 30, 45),
+    entries=(0,) * 12 + (1,) * 14 + (2,) * 9 + (3,) * 5 + (4, 14), page_sizes=(16,) * 4 + (32,), window=(1, 3, 16),
+)  # fmt: skip
 
 
 @dataclass
@@ -57,17 +94,17 @@ class Draw:
         return torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu").to(dtype)
 
 
-def draw_call(number: int) -> Call:
+def draw_call(number: int, sizes: Sizes = WIDE) -> Call:
     """A call that must work."""
     draw = Draw(number)
     rng = draw.random
     op = rng.choices(list(OPS), list(OPS.values()))[0]
-    dtype, head_dim, page_size = rng.choice(DTYPES), rng.choice(HEAD_DIMS), rng.choice(PAGE_SIZES[:3])
-    batch, kv_heads, group = rng.choice((0, 1, 1, 2, 2, 3)), rng.choice((1, 1, 2, 3)), rng.choice((1, 1, 2, 3))
-    n = rng.choice((0, 1, 1, 2, 5, 9, 16, 17, 30))
+    dtype, head_dim, page_size = rng.choice(DTYPES), rng.choice(HEAD_DIMS), rng.choice(sizes.page_sizes)
+    batch, kv_heads, group = rng.choice(sizes.batch), rng.choice(sizes.kv_heads), rng.choice(sizes.group)
+    n = rng.choice(sizes.tokens)
     if op == "prepare_qk":
         return _prepare_qk(draw, batch, n, kv_heads, group, head_dim, dtype)
-    history = [rng.choice((page_size, rng.randint(0, page_size))) for _ in range(rng.choice((0, 0, 1, 2, 3)))]
+    history = [rng.choice((page_size, rng.randint(0, page_size))) for _ in range(rng.choice(sizes.entries))]
     stored, held = _stored(rng, n, page_size)
     if op == "compact":
         stored, held = [], 0
@@ -81,7 +118,7 @@ def draw_call(number: int) -> Call:
     if op == "append":
         return Call(op, {"k": k, "v": v, **tables, "write_slots": pool.write})
     if op == "window_scores":
-        window = draw.normal(batch, rng.choice((1, 3, 16)), kv_heads * group, head_dim, dtype=dtype)
+        window = draw.normal(batch, rng.choice(sizes.window), kv_heads * group, head_dim, dtype=dtype)
         mode = rng.choice(("softmax", "sum_logits"))
         return Call(
             op, {"q_window": window, "k": k, **tables, "read_slots": pool.read, "softmax_scale": scale, "mode": mode}
