@@ -1,4 +1,7 @@
+from pathlib import Path
+
 import hypothesis
+import pytest
 
 # Time never decides a test: a busy machine draws its examples slowly.
 hypothesis.settings.register_profile("project", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -6,5 +9,20 @@ hypothesis.settings.load_profile("project")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--var-repo", help="a clone of the public VAR code, to patch its own class as well")
-    parser.addoption("--infinity-repo", help="a clone of the public Infinity code, to patch its own blocks as well")
+    parser.addoption(
+        "--repo", action="append", default=[], metavar="NAME=DIR",
+        help="a clone of a family's public code, to patch its own classes as well: VAR=DIR; may be given several times",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def clone(request):
+    """The clone that was given for a family; the test is skipped where none was."""
+
+    def of(name: str) -> Path:
+        given = dict(each.split("=", 1) for each in request.config.getoption("--repo"))
+        if name not in given:
+            pytest.skip(f"no clone of the public code given (--repo {name}=DIR)")
+        return Path(given[name])
+
+    return of

@@ -8,14 +8,15 @@ from torch import nn
 
 from amskv_kernels.arguments import instance_of
 from amskv_kernels.integrations import infinity, var
-from amskv_kernels.integrations.caches import PolicyLike
+from amskv_kernels.integrations.caches import Caches, PolicyLike
 from amskv_kernels.integrations.common import Patch
+from amskv_kernels.integrations.family import Family
 from amskv_kernels.integrations.modules import unwrapped
 from amskv_kernels.models.attention import Observer
 
 __all__ = ["Patch", "patch", "unpatch"]
 
-_FAMILIES = {"Infinity": infinity, "VAR": var}
+FAMILIES: tuple[Family, ...] = (infinity.FAMILY, var.FAMILY)
 
 
 def patch(
@@ -27,13 +28,13 @@ def patch(
     online: bool = False,
     theta: float | None = None,
 ) -> Patch:
-    """Patch a public VAR or Infinity in place, so that its generations keep only what `policy` keeps.
+    """Patch a model of a public class in place, so that its generations keep only what `policy` keeps.
 
     The model's own code goes on drawing the images, whatever the batch, the guidance and the device; it may be
     wrapped by `torch.compile` or FSDP, as a whole or in part. Copies of a patched model are plainly unpatched.
 
     Args:
-        model: an instance of a public class, with its weights.
+        model: an instance of a public class, with its weights; docs/patching.md lists the families.
         policy: an object, `Full()` or `AMSKV(…)`; a string as `parse_policy` reads it, "ams-kv:75"; or a function from
             the schedule at hand to one of these, for models that draw at several aspect ratios.
         page_size: see `CachePlan.build`.
@@ -52,11 +53,9 @@ def patch(
             the model. What fits some schedules only, a model of many finds out when a generation begins.
     """
     inner = unwrapped(model)
-    for family in _FAMILIES.values():
-        if all(hasattr(inner, name) for name in family.NEEDS):
-            return family.patch(inner, policy, page_size=page_size, observe=observe, online=online, theta=theta)
-    known = "; ".join(f"{name} has {' and '.join(family.NEEDS)}" for name, family in _FAMILIES.items())
-    raise TypeError(f"model is a {type(inner).__name__}, of no family that can be patched: {known}")
+    family = _family_of(inner)
+    modules = family.modules(inner)
+    return family.patch(inner, modules, Caches(policy, len(modules), page_size, online, theta), observe)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -70,3 +69,12 @@ def unpatch(model: nn.Module) -> None:
         binding = vars(module).get("_amskv")
         if binding is not None:
             binding.patch.undo()
+
+
+def _family_of(model: Any) -> Family:
+    """The family whose attention the model's is most like, of those that the model looks like."""
+    alike = [family for family in FAMILIES if family.like(model)]
+    if not alike:
+        known = "; ".join(f"{family.name} has {' and '.join(family.needs)}" for family in FAMILIES)
+        raise TypeError(f"model is a {type(model).__name__}, of no family that can be patched: {known}")
+    return min(alike, key=lambda family: family.differences(model))

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from amskv_kernels.arguments import one_of
 from amskv_kernels.cache import PagedKVCache
 from amskv_kernels.integrations.caches import Cache, Caches
-from amskv_kernels.integrations.modules import Binding, PatchedModule, eager, require, require_signature, stock
+from amskv_kernels.integrations.modules import Binding, PatchedModule, eager, stock
 from amskv_kernels.models.attention import Observer
-from amskv_kernels.planning.layout import HEAD_DIMS
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.schedule import ScaleSchedule
 
 P = TypeVar("P", bound="Patch")
+QKV = tuple[Tensor, Tensor, Tensor]
 Rotation = tuple[Tensor, Tensor] | tuple[None, None]
 
 
 class Patch:
     """A patch in force; leaving a `with` block undoes it.
+
+    Args:
+        model: an instance of the public class.
+        modules: its self-attention, layer by layer.
+        caches: make the cache of each generation.
+        observe: called with (layer, q, k, v, softmax_scale) at every call.
 
     Attributes:
         plan: what every layer keeps in the current or last generation, when and where; None before it is known, and in
@@ -32,11 +37,23 @@ class Patch:
         cache: its pool; None before the first generation, kept for later ones of the same batch and schedule.
     """
 
-    def __init__(self, caches: Caches, observe: Observer | None) -> None:
+    attention: ClassVar[type[PagedSelfAttention]]
+
+    def __init__(self, model: Any, modules: list[Any], caches: Caches, observe: Observer | None) -> None:
         self._caches, self.observe = caches, observe
         self._bindings: list[Binding] = []
         self._begins = self.caching = False
         self.plan: CachePlan | None = None
+        self.read(model, modules)
+        self._bind(self.bindings(model, modules))
+
+    def read(self, model: Any, modules: list[Any]) -> None:
+        """Take from the model what does not change, and refuse what does not fit it; nothing is patched yet."""
+
+    def bindings(self, model: Any, modules: list[Any]) -> Iterator[Binding]:
+        """The modules to take over, one after the other."""
+        for number, module in enumerate(modules):
+            yield Layer(module, self.attention, self, number)
 
     @property
     def cache(self) -> Cache | None:
@@ -60,7 +77,8 @@ class Patch:
         raise NotImplementedError
 
     def rotation(self, told: Any, x: Tensor) -> Rotation:
-        """Cosines and sines (n, D / 2) fp32 for the tokens of x (B, n, C); none in a model without."""
+        """Cosines and sines (n, D / 2) fp32 for the tokens of x (B, n, C), or (B · n, D / 2) where sequences differ;
+        none in a model without."""
         return None, None
 
     def ready(self, told: Any, k: Tensor) -> Cache:
@@ -90,14 +108,20 @@ class Patch:
         self.undo()
 
 
-def require_attention(
-    module: Any, name: str, needs: tuple[str, ...], takes: tuple[str, ...], whose: str
-) -> None:  # fmt: skip
-    """Raise TypeError or ValueError where a self-attention is not laid out or called like `whose` public class."""
-    require(module, name, needs, whose)
-    require_signature(module, name, "forward", takes, whose)
-    require_signature(module, name, "kv_caching", ("enable",), whose)
-    one_of(f"{name}.head_dim", module.head_dim, HEAD_DIMS)
+class Constants(NamedTuple):
+    """What a layer's weights say once for all steps of a generation.
+
+    Attributes:
+        scale: softmax scale.
+        bias: of the projection to q, k and v.
+        length: (H,) fp32, of each head's normalised q.
+        l2_norm: whether q and k are normalised.
+    """
+
+    scale: float
+    bias: Tensor | None = None
+    length: Tensor | None = None
+    l2_norm: bool = False
 
 
 class Layer(Binding):
@@ -108,39 +132,37 @@ class Layer(Binding):
         kind: what replaces its methods.
         patch: whose cache it goes through.
         number: the layer's, from 0.
-        l2_norm: whether q and k are normalised, and q has a learned length per head.
     """
 
-    def __init__(
-        self, module: nn.Module, kind: type[PatchedModule], patch: Patch, number: int, l2_norm: bool
-    ) -> None:  # fmt: skip
+    def __init__(self, module: nn.Module, kind: type[PatchedModule], patch: Patch, number: int) -> None:
         super().__init__(module, kind, patch)
-        self.number, self.l2_norm = number, l2_norm
+        self.number = number
         self.begin()
 
     def begin(self) -> None:
         """Forget what the last generation worked out: weights may have changed since."""
-        self.bias: Tensor | None = None
-        self.length: Tensor | None = None
-        self.scale = 1.0
+        self._constants: Constants | None = None
 
-    def prepare(self) -> None:
-        """Work it out, with the weights at hand (sharded ones are there in a forward only)."""
-        own: Any = self.module
-        if self.l2_norm:
-            self.length = own.scale_mul_1H11.detach().clamp_max(own.max_scale_mul).exp().float().flatten()
-        self.scale = float(own.scale)
-        self.bias = torch.cat((own.q_bias, own.zero_k_bias, own.v_bias))
+    @property
+    def constants(self) -> Constants:
+        """Worked out with the weights at hand: sharded ones are there in a forward only."""
+        if self._constants is None:
+            own: Any = self.module
+            self._constants = own.constants()
+        return self._constants
 
 
 class PagedSelfAttention(PatchedModule):
-    """A public self-attention module whose history lies in the patch's cache."""
+    """A public self-attention module whose history lies in the patch's cache.
+
+    The public classes with q, k and v in one projection, which the first of `projection` names, are this as it stands.
+    """
 
     replaced = ("forward", "kv_caching")
+    projection: ClassVar[str] = "mat_qkv"
 
     # As the public classes name them.
-    mat_qkv: nn.Linear
-    proj: nn.Linear
+    proj: nn.Module
     proj_drop: nn.Module
     num_heads: int
     head_dim: int
@@ -154,6 +176,36 @@ class PagedSelfAttention(PatchedModule):
         layer.of(self).begin()
         layer.patch.begin(enable)
 
+    def constants(self) -> Constants:
+        """What is worked out once a generation."""
+        own: Any = self
+        bias = torch.cat((own.q_bias, own.zero_k_bias, own.v_bias))
+        if not self.l2_norm():
+            return Constants(float(own.scale), bias)
+        length = own.scale_mul_1H11.detach().clamp_max(own.max_scale_mul).exp().float().flatten()
+        return Constants(float(own.scale), bias, length, True)
+
+    def l2_norm(self) -> bool:
+        """Whether q and k are normalised, and q has a learned length per head."""
+        own: Any = self
+        return bool(own.attn_l2_norm)
+
+    def query_weight(self) -> Tensor:
+        """(H · D, C) of the projection to q."""
+        weight: Tensor = getattr(self, self.projection).weight
+        return weight[: self.num_heads * self.head_dim]
+
+    def project(self, x: Tensor, layer: Any, told: Any) -> QKV:
+        """q (B, n, H, D), k and v (B, n, Hkv, D) of x (B, n, C), normalised and rotated."""
+        constants, weight = layer.constants, getattr(self, self.projection).weight
+        cos, sin = layer.patch.rotation(told, x)
+        heads = self.num_heads
+        qkv = F.linear(x, weight, constants.bias).view(*x.shape[:2], 3 * heads, self.head_dim)
+        if not constants.l2_norm and cos is None:
+            q, k, v = qkv.split(heads, dim=2)
+            return q, k, v
+        return *prepared(qkv, heads, constants.length, cos, sin, constants.l2_norm), qkv[:, :, 2 * heads :]
+
     @eager
     def attend(self, x: Tensor, told: Any = None) -> Tensor:
         """From the module's input x (B, n, C) to its attention's output (B, n, C), before the last projection.
@@ -163,20 +215,33 @@ class PagedSelfAttention(PatchedModule):
             told: what the model tells beside it, for `Patch.schedule_of` and `Patch.rotation`.
         """
         layer = self._amskv.of(self)
-        patch = layer.patch
-        if layer.bias is None:
-            layer.prepare()
-        cos, sin = patch.rotation(told, x)
-        (batch, n, width), heads, weight = x.shape, self.num_heads, self.mat_qkv.weight
-        qkv = F.linear(x, weight, layer.bias).view(batch, n, 3 * heads, self.head_dim)
-        if layer.l2_norm or cos is not None:
-            q, k = torch.ops.amskv.prepare_qk(qkv, heads, layer.length, cos, sin, layer.l2_norm)
-            v = qkv[:, :, 2 * heads :]
-        else:
-            q, k, v = qkv.split(heads, dim=2)
+        patch, scale = layer.patch, layer.constants.scale
+        q, k, v = self.project(x, layer, told)
         if patch.observe is not None:
-            patch.observe(layer.number, q, k, v, layer.scale)
+            patch.observe(layer.number, q, k, v, scale)
         cache = patch.ready(told, k)
         if patch.plan is not None and patch.plan.selection is not None and patch.plan.selection.raw_queries:
-            cache.prepare(layer.number, x, weight[:width])
-        return cache.attend(layer.number, q, k, v, layer.scale).view(batch, n, -1)
+            cache.prepare(layer.number, x, self.query_weight())
+        return cache.attend(layer.number, q, k, v, scale).flatten(2)
+
+
+def in_generation(module: nn.Module, mask: Any) -> bool:
+    """Whether a call is one of a generation; with a mask it is training or teacher forcing, and the model's own.
+
+    A function: whoever kept the patch's forward may call it with a module that is patched no more.
+    """
+    layer = getattr(module, "_amskv", None)
+    return layer is not None and mask is None and layer.patch.caching
+
+
+def prepared(
+    qkv: Tensor, kv_heads: int, length: Tensor | None, cos: Tensor | None, sin: Tensor | None, l2_norm: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`torch.ops.amskv.prepare_qk`, which knows of one angle per token; those of each sequence are given in a row."""
+    batch, n = qkv.shape[:2]
+    if cos is None or len(cos) == n:
+        q, k = torch.ops.amskv.prepare_qk(qkv, kv_heads, length, cos, sin, l2_norm)
+        return q, k
+    row = qkv.flatten(0, 1)[None]
+    q, k = torch.ops.amskv.prepare_qk(row, kv_heads, length, cos, sin, l2_norm)
+    return q.view(batch, n, *q.shape[2:]), k.view(batch, n, *k.shape[2:])

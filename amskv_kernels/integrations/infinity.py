@@ -11,14 +11,16 @@ once per prompt and layer, not once more at every scale.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from amskv_kernels.integrations.caches import Caches, PolicyLike, schedule_of
-from amskv_kernels.integrations.common import Layer, PagedSelfAttention, Patch, Rotation, require_attention
+from amskv_kernels.integrations.caches import schedule_of
+from amskv_kernels.integrations.common import Layer, PagedSelfAttention, Patch, Rotation, in_generation
+from amskv_kernels.integrations.family import Family
 from amskv_kernels.integrations.modules import (
     Binding,
     PatchedModule,
@@ -28,16 +30,9 @@ from amskv_kernels.integrations.modules import (
     stock,
     unwrapped,
 )
-from amskv_kernels.models.attention import Observer
 from amskv_kernels.models.infinity import Text, Triples, text_attention
 from amskv_kernels.schedule import ScaleSchedule
 
-NEEDS = ("unregistered_blocks",)
-_SELF_NEEDS = (
-    "num_heads", "head_dim", "cos_attn", "scale", "mat_qkv", "q_bias", "zero_k_bias", "v_bias", "proj", "proj_drop",
-    "kv_caching",
-)  # fmt: skip
-_SELF_TAKES = ("x", "attn_bias_or_two_vector", "attn_fn", "scale_schedule", "rope2d_freqs_grid", "scale_ind")
 _CROSS_NEEDS = (
     "num_heads", "head_dim", "cos_attn", "scale", "mat_q", "mat_kv", "zero_k_bias", "v_bias", "proj", "proj_drop",
 )  # fmt: skip
@@ -51,18 +46,43 @@ class _Told(NamedTuple):
     scale: int
 
 
+class _SelfAttention(PagedSelfAttention):
+    def l2_norm(self) -> bool:
+        """As Infinity calls it."""
+        own: Any = self
+        return bool(own.cos_attn)
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_bias_or_two_vector: Any = None,
+        attn_fn: Any = None,
+        scale_schedule: Triples | None = None,
+        rope2d_freqs_grid: dict[str, Tensor] | None = None,
+        scale_ind: int = 0,
+    ) -> Tensor:
+        if not in_generation(self, attn_bias_or_two_vector):
+            return stock(self).forward(
+                self, x, attn_bias_or_two_vector, attn_fn, scale_schedule, rope2d_freqs_grid, scale_ind=scale_ind
+            )
+        return self.proj_drop(self.proj(self.attend(x, _Told(scale_schedule, rope2d_freqs_grid, scale_ind))))
+
+
 class PatchedInfinity(Patch):
     """A patched Infinity: see `Patch`. The first call of a generation says which schedule it is of."""
 
-    def __init__(self, caches: Caches, observe: Observer | None, blocks: list[tuple[Any, Any]]) -> None:
-        super().__init__(caches, observe)
+    attention = _SelfAttention
+
+    def read(self, model: Any, modules: list[Any]) -> None:
         self.prompts: dict[int, tuple[Tensor, int, Tensor]] = {}  # layer: text, its version, its keys and values
         self._rotation: tuple[Any, Rotation] = None, (None, None)
-        self._bind(
-            binding
-            for number, (own, cross) in enumerate(blocks)
-            for binding in (Layer(own, _SelfAttention, self, number, bool(own.cos_attn)), _Prompt(cross, self, number))
-        )
+        self._crosses = [_cross(block, number) for number, block in enumerate(model.unregistered_blocks)]
+
+    def bindings(self, model: Any, modules: list[Any]) -> Iterator[Binding]:
+        """Attention to the maps and to the prompt, layer by layer."""
+        for number, (own, cross) in enumerate(zip(modules, self._crosses, strict=True)):
+            yield Layer(own, self.attention, self, number)
+            yield _Prompt(cross, self, number)
 
     def begin(self, enable: bool) -> None:
         """The model says so for every layer before and after each generation."""
@@ -111,24 +131,6 @@ class _Prompt(Binding):
         return kv
 
 
-class _SelfAttention(PagedSelfAttention):
-    def forward(
-        self,
-        x: Tensor,
-        attn_bias_or_two_vector: Any = None,
-        attn_fn: Any = None,
-        scale_schedule: Triples | None = None,
-        rope2d_freqs_grid: dict[str, Tensor] | None = None,
-        scale_ind: int = 0,
-    ) -> Tensor:
-        layer = getattr(self, "_amskv", None)
-        if layer is None or attn_bias_or_two_vector is not None or not layer.patch.caching:
-            return stock(self).forward(  # training, or teacher forcing
-                self, x, attn_bias_or_two_vector, attn_fn, scale_schedule, rope2d_freqs_grid, scale_ind=scale_ind
-            )
-        return self.proj_drop(self.proj(self.attend(x, _Told(scale_schedule, rope2d_freqs_grid, scale_ind))))
-
-
 class _CrossAttention(PatchedModule):
     def forward(self, q: Tensor, ca_kv: Text) -> Tensor:
         prompt: Any = getattr(self, "_amskv", None)
@@ -143,23 +145,6 @@ class _CrossAttention(PatchedModule):
         """From queries (B, n, H, D) to the output of attention to the prompt, in q's dtype."""
         text, cu_seqlens, longest = ca_kv
         return _attend_text(self, q, self._amskv.of(self).keys_values(text), cu_seqlens, longest)
-
-
-def patch(
-    model: Any,
-    policy: PolicyLike,
-    *,
-    page_size: int | None = None,
-    observe: Observer | None = None,
-    online: bool = False,
-    theta: float | None = None,
-) -> PatchedInfinity:
-    """Patch a FoundationVision `Infinity` so that its generations keep only what `policy` keeps.
-
-    Arguments, result and errors as for `amskv_kernels.patch`.
-    """
-    blocks = _blocks(unwrapped(model))
-    return PatchedInfinity(Caches(policy, len(blocks), page_size, online, theta), observe, blocks)
 
 
 def _attend_text(own: Any, q: Tensor, kv: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
@@ -177,18 +162,24 @@ def _attend_text(own: Any, q: Tensor, kv: Tensor, cu_seqlens: Tensor, longest: i
     return out.to(q.dtype)
 
 
-def _blocks(model: Any) -> list[tuple[Any, Any]]:
-    """The self-attention and the attention to the prompt of every layer."""
-    require(model, "model", NEEDS, "Infinity")
-    found = []
-    for number, wrapped in enumerate(model.unregistered_blocks):
-        block, name = unwrapped(wrapped), f"model.unregistered_blocks[{number}]"
-        require(block, name, ("sa", "ca"), "Infinity")
-        own, cross = unwrapped(block.sa), unwrapped(block.ca)
-        require_attention(own, f"{name}.sa", _SELF_NEEDS, _SELF_TAKES, "Infinity")
-        require(cross, f"{name}.ca", _CROSS_NEEDS, "Infinity")
-        require_signature(cross, f"{name}.ca", "forward", ("q", "ca_kv"), "Infinity")
-        found.append((own, cross))
-    if not found:
-        raise TypeError("model.unregistered_blocks is empty; a model to patch has at least one layer")
-    return found
+def _cross(wrapped: Any, number: int) -> Any:
+    """A layer's attention to the prompt."""
+    block, name = unwrapped(wrapped), f"model.unregistered_blocks[{number}]"
+    require(block, name, ("ca",), "Infinity")
+    cross = unwrapped(block.ca)
+    require(cross, f"{name}.ca", _CROSS_NEEDS, "Infinity")
+    require_signature(cross, f"{name}.ca", "forward", ("q", "ca_kv"), "Infinity")
+    return cross
+
+
+FAMILY = Family(
+    name="Infinity",
+    needs=("unregistered_blocks",),
+    layers="unregistered_blocks",
+    attention="sa",
+    attributes=(
+        "num_heads", "head_dim", "cos_attn", "scale", "mat_qkv", "q_bias", "zero_k_bias", "v_bias", "proj", "proj_drop",
+    ),
+    takes=("x", "attn_bias_or_two_vector", "attn_fn", "scale_schedule", "rope2d_freqs_grid", "scale_ind"),
+    patch=PatchedInfinity,
+)  # fmt: skip

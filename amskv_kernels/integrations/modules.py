@@ -116,9 +116,20 @@ def unwrapped(module: Any) -> Any:
     return module
 
 
+def missing_of(owner: object, attributes: tuple[str, ...]) -> list[str]:
+    """The attributes that `owner` lacks."""
+    return [attribute for attribute in attributes if not hasattr(owner, attribute)]
+
+
+def parameters_of(owner: object, method: str) -> tuple[str, ...]:
+    """What a method of `owner`'s class takes beside self; nothing where there is no such method."""
+    function = getattr(stock(owner), method, None)  # type: ignore[arg-type]
+    return () if function is None else tuple(inspect.signature(function).parameters)[1:]
+
+
 def require(owner: object, name: str, attributes: tuple[str, ...], whose: str) -> None:
     """Raise TypeError where `owner` lacks what a patch needs of `whose` public class."""
-    missing = [attribute for attribute in attributes if not hasattr(owner, attribute)]
+    missing = missing_of(owner, attributes)
     if missing:
         raise TypeError(
             f"{name} is a {type(owner).__name__} without {', '.join(missing)}; it must be the public {whose}'s"
@@ -127,7 +138,7 @@ def require(owner: object, name: str, attributes: tuple[str, ...], whose: str) -
 
 def require_signature(owner: object, name: str, method: str, parameters: tuple[str, ...], whose: str) -> None:
     """Raise TypeError where a method of `owner`'s class does not take just `parameters`, in this order."""
-    own = tuple(inspect.signature(getattr(stock(owner), method)).parameters)[1:]  # type: ignore[arg-type]
+    own = parameters_of(owner, method)
     if own == parameters:
         return
     more = [each for each in own if each not in parameters]

@@ -1,7 +1,7 @@
 """Infinity's transformer stack with its arithmetic and shapes, for tests and benchmarks on random weights.
 
 Written from the public description of Infinity (arXiv 2412.04431) and its published sizes. Modules and parameters are
-named as in the released checkpoints, so that `integrations.infinity.patch` takes this stack and the public class alike.
+named as in the released checkpoints, so that `amskv_kernels.patch` takes this stack and the public class alike.
 It caches as stock code does: everything, and text keys and values computed anew at every scale. Tokenizer, text encoder
 and bitwise sampling are left out: what the last layer gives at one scale becomes, continuously, the next one's map.
 """

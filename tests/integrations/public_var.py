@@ -1,6 +1,6 @@
 """A stand-in with the names and calling order of the public VAR class, small and with stock-style caching.
 
-`patch` meets public code through these names alone; `pytest --var-repo DIR` runs the same tests on a real clone.
+`patch` meets public code through these names alone; `pytest --repo VAR=DIR` runs the same tests on a real clone.
 """
 
 from __future__ import annotations

@@ -7,11 +7,11 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from amskv_kernels import AMSKV, Full, ScaleSchedule, SlidingWindow
+from amskv_kernels import AMSKV, Full, ScaleSchedule, SlidingWindow, patch
 from amskv_kernels.calibrate import AttentionRecorder, SimilarityRecorder
-from amskv_kernels.integrations.infinity import patch
 from amskv_kernels.models import infinity as stack
 from amskv_kernels.models.infinity import InfinityConfig, InfinityStack
 from amskv_kernels.policies import H2O, HeadOrders, HeatKV, ScaleKV, SnapKV
@@ -232,17 +232,16 @@ def test_a_forward_with_a_mask_is_the_models_own(model):
         assert torch.equal(block(x, bias), expected)
 
 
-@pytest.mark.parametrize(
-    ("broken", "message"),
-    [
-        (SimpleNamespace(), "model is a SimpleNamespace without unregistered_blocks; it must be the public Infinity's"),
-        (SimpleNamespace(unregistered_blocks=[SimpleNamespace(sa=1)]), r"unregistered_blocks\[0\] is .* without ca"),
-        (SimpleNamespace(unregistered_blocks=[SimpleNamespace(sa=1, ca=2)]), r"\[0\].sa is a int without num_heads"),
-    ],
-)
-def test_other_models_are_refused(broken, message):
-    with pytest.raises(TypeError, match=message):
-        patch(broken, Full())
+def test_models_that_are_laid_out_otherwise_are_refused(model):
+    with pytest.raises(TypeError, match=r"\[0\].sa is a int without num_heads"):
+        patch(SimpleNamespace(unregistered_blocks=[SimpleNamespace(sa=1, ca=2)]), Full())
+    model.unregistered_blocks[1].ca = nn.Identity()
+    with pytest.raises(TypeError, match=r"unregistered_blocks\[1\].ca is a Identity without num_heads"):
+        patch(model, Full())
+    del model.unregistered_blocks[1].ca
+    with pytest.raises(TypeError, match=r"unregistered_blocks\[1\] is a Block without ca"):
+        patch(model, Full())
+    assert "_amskv" not in vars(model.unregistered_blocks[0].sa)
 
 
 def test_a_policy_that_does_not_fit_is_refused_before_anything_is_patched(model):
@@ -260,8 +259,6 @@ def test_videos_are_refused(model):
 
 def _public_block(repository, monkeypatch):
     """The public transformer block, with CPU stand-ins for what it imports from flash_attn and timm."""
-    if repository is None:
-        pytest.skip("no clone of the public code given (--infinity-repo)")
 
     def varlen(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale):
         batch = len(cu_seqlens_q) - 1
@@ -284,8 +281,8 @@ def _public_block(repository, monkeypatch):
 
 @pytest.mark.parametrize("ratio", ["1.000", "0.571"])
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_the_public_blocks_give_the_same(request, monkeypatch, ratio):
-    public = _public_block(request.config.getoption("--infinity-repo"), monkeypatch)
+def test_the_public_blocks_give_the_same(clone, monkeypatch, ratio):
+    public = _public_block(clone("Infinity"), monkeypatch)
     schedule = ScaleSchedule.named(f"infinity-0.06m-{ratio}")
     sizes = stack.triples(schedule)
 
