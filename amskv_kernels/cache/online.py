@@ -46,7 +46,7 @@ class OnlineKVCache:
         batch: sequences B; conditional and unconditional ones share each decision.
         kv_heads: Hkv.
         head_dim: D, 64, 96 or 128.
-        dtype: of the pages: fp16, bf16 or fp32.
+        dtype: of the pages: fp16, bf16, fp32, or int8 with one fp32 scale per row of K and of V.
         device: where the pool lives.
         page_size: rows of a page: 16, 32, 64 or 128.
 
@@ -86,6 +86,7 @@ class OnlineKVCache:
         self.num_layers, self.batch, self.kv_heads = num_layers, batch, kv_heads
         with torch.inference_mode(False):  # usable inside inference mode and outside
             self._pool = torch.zeros(batch * kv_heads, 0, 2, page_size, head_dim, dtype=dtype, device=device)
+            self._scales = self._pool.new_zeros(self._pool.shape[:4], dtype=torch.float32)  # int8 pages alone use it
         self._arena = torch.zeros(batch, kv_heads, dtype=torch.int32, device=device)
         self._default_scale = 1 / math.sqrt(head_dim)
         self.reset()
@@ -106,8 +107,8 @@ class OnlineKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pool so far."""
-        return self._pool.numel() * self._pool.element_size()
+        """Bytes of the pool so far, its scales included."""
+        return self._pool.nbytes + (self._scales.nbytes if self._pool.dtype == torch.int8 else 0)
 
     def visible(self, layer: int) -> tuple[int, ...]:
         """The scales that `layer` holds now.
@@ -144,8 +145,9 @@ class OnlineKVCache:
         fresh = self._take(-(-self.schedule.tokens[scale] // self.page_size)) if scale in kept else NO_SLOTS
         try:
             read, write = self._table(state.held), self._table({scale: fresh})
-            pages = self._pool.view(-1, *self._pool.shape[2:])
-            out, _ = torch.ops.amskv.attn(q, k, v, pages, self._arena, read, write, factor)
+            pages = self._pool.flatten(0, 1)
+            scales = self._scales.flatten(0, 1) if pages.dtype == torch.int8 else None
+            out, _ = torch.ops.amskv.attn(q, k, v, pages, self._arena, read, write, factor, scales)
             previous = k.contiguous() if undecided else None  # a view would keep all of qkv alive
         except BaseException:  # a call that fails leaves everything as it was
             self._free.give_back(fresh)
@@ -173,16 +175,14 @@ class OnlineKVCache:
 
     def _take(self, number: int) -> Slots:
         """Pages for a scale; the pool grows first where it must, so that one that cannot loses none."""
-        arenas, pages, *page = self._pool.shape
+        arenas, pages = self._pool.shape[:2]
         needed = self._free.count_with(number)
         if needed > pages:
             _check_page_numbers(needed, self.page_size, arenas)
             room = max(needed, min(2 * pages, MOST_PAGES, MOST_POOL_PAGES // arenas))
-            with torch.inference_mode(False):
-                grown = self._pool.new_zeros(arenas, room, *page)
-            grown[:, :pages] = self._pool
-            first = torch.arange(arenas, dtype=torch.int32, device=grown.device) * room
-            self._pool, self._arena = grown, first.view(self.batch, self.kv_heads)
+            pool, scales = (_grown(x, room) for x in (self._pool, self._scales))
+            first = torch.arange(arenas, dtype=torch.int32, device=pool.device) * room
+            self._pool, self._scales, self._arena = pool, scales, first.view(self.batch, self.kv_heads)
         return self._free.take(number)
 
     def _table(self, pages_of: dict[int, Slots]) -> Tensor:
@@ -191,6 +191,14 @@ class OnlineKVCache:
         tables = [page_slots(pages, tokens[scale], self.page_size) for scale, pages in pages_of.items()]
         flat = np.concatenate([NO_SLOTS, *tables])
         return torch.from_numpy(flat).to(self._pool.device).view(1, 1, -1)
+
+
+def _grown(pool: Tensor, pages: int) -> Tensor:
+    """A larger pool that begins with what this one (arenas, pages, …) holds."""
+    with torch.inference_mode(False):
+        grown = pool.new_zeros(pool.shape[0], pages, *pool.shape[2:])
+    grown[:, : pool.shape[1]] = pool
+    return grown
 
 
 def _most_pages(schedule: ScaleSchedule, policy: AMSKVCapacity, page_size: int) -> int:

@@ -30,7 +30,7 @@ class PagedKVCache:
         batch: sequences B (with classifier-free guidance, two per image).
         kv_heads: Hkv.
         head_dim: D, 64, 96 or 128.
-        dtype: of the pages: fp16, bf16 or fp32.
+        dtype: of the pages: fp16, bf16, fp32, or int8 with one fp32 scale per row of K and of V.
         device: where the pool lives.
 
     Raises:
@@ -61,14 +61,17 @@ class PagedKVCache:
         shape = (arenas * plan.pages, 2, plan.page_size, head_dim)
         with torch.inference_mode(False):  # a pool made by a generation in inference mode serves later ones outside
             self.pages = torch.zeros(shape, dtype=dtype, device=device)
+            self.page_scales = torch.zeros(shape[:3], device=device) if dtype == torch.int8 else None
         first = torch.arange(arenas, dtype=torch.int32, device=device) * plan.pages
         self.arena = first.view(batch, -1).repeat_interleave(plan.heads, dim=1)
         self._read, self._write = _upload(plan, self.pages.device)
-        self._selector = None if plan.selection is None else TokenSelector(plan, self.pages, self.arena)
+        self._selector = (
+            None if plan.selection is None else TokenSelector(plan, self.pages, self.arena, self.page_scales)
+        )
         layers, tokens = range(plan.num_layers), plan.schedule.tokens
         self._turns = [(layer, batch, n) for n in tokens for layer in layers]
         self._default_scale = 1 / math.sqrt(head_dim)
-        self._prepared: dict[tuple[Settings, int], Prepared] = {}
+        self._prepared: dict[tuple[Settings, int, torch.dtype], Prepared] = {}
         self._calls = 0
 
     @property
@@ -83,8 +86,8 @@ class PagedKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pool."""
-        return self.pages.numel() * self.pages.element_size()
+        """Bytes of the pool, its scales included."""
+        return sum(pool.numel() * pool.element_size() for pool in (self.pages, self.page_scales) if pool is not None)
 
     def reset(self) -> None:
         """Start a new generation; nothing needs to be cleared."""
@@ -140,21 +143,22 @@ class PagedKVCache:
             self._selector.check(self.step, layer)
         if torch.compiler.is_compiling() or not type(q) is type(self.pages) is Tensor:  # traced: as the op itself
             tables = (self.pages, self.arena, self._read[call], self._write[call])
-            out, _ = torch.ops.amskv.attn(q, k, v, *tables, scale)
+            out, _ = torch.ops.amskv.attn(q, k, v, *tables, scale, self.page_scales)
         else:
-            out = self._ready(call)(q, k, v, scale)
+            out = self._ready(call, q.dtype)(q, k, v, scale)
         if self._selector is not None:
             self._selector.after(self.step, layer, q, k, v, self._read[call], scale)
         self._calls += 1
         return out
 
-    def _ready(self, call: int) -> Prepared:
+    def _ready(self, call: int, dtype: torch.dtype) -> Prepared:
         """The call as this context's backend makes it; worked out once, in the first generation."""
-        ready = self._prepared.get((settings(), call))
+        ready = self._prepared.get((settings(), call, dtype))
         if ready is None:
             n = self.plan.schedule.tokens[call // self.plan.num_layers]
-            planned = PlannedAttn(self.pages, self.arena, self._read[call], self._write[call], n)
-            ready = self._prepared[settings(), call] = prepare_attn(planned)
+            tables = (self.pages, self.arena, self._read[call], self._write[call])
+            planned = PlannedAttn(*tables, n, dtype, self.page_scales)
+            ready = self._prepared[settings(), call, dtype] = prepare_attn(planned)
         return ready
 
     def __getstate__(self) -> dict[str, Any]:

@@ -48,12 +48,13 @@ class TokenSelector:
         plan: of a token policy.
         pages: the pool.
         arena: (B, Hkv) int32.
+        page_scales: of int8 pages.
     """
 
-    def __init__(self, plan: CachePlan, pages: Tensor, arena: Tensor) -> None:
+    def __init__(self, plan: CachePlan, pages: Tensor, arena: Tensor, page_scales: Tensor | None = None) -> None:
         assert plan.selection is not None
         self.plan, self.selection = plan, plan.selection
-        self._pages, self._arena = pages, arena
+        self._pages, self._arena, self._page_scales = pages, arena, page_scales
         self._tables: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}  # observers, always, slots
         for call, at in _calls(plan):
             lists = (at.observers, at.always, at.slots.tolist())
@@ -88,7 +89,7 @@ class TokenSelector:
             both = torch.promote_types(x.dtype, weight.dtype)
             with torch.autocast(x.device.type, enabled=False):  # the same tokens stay with autocast and without
                 raw = F.linear(observing.to(both), weight.to(both))
-            self._raw = raw.unflatten(2, (-1, self._pages.shape[3])).to(self._pages.dtype)
+            self._raw = raw.unflatten(2, (-1, self._pages.shape[3]))
 
     def check(self, step: int, layer: int) -> None:
         """Raise ValueError where raw queries are needed and `prepare` has not been called."""
@@ -121,7 +122,7 @@ class TokenSelector:
                 scores = scores.gather(2, keep) if self.selection.accumulate else scores
             held, rows = self.plan.read_rows(step, layer), read.shape[2] * self.plan.page_size
             keys = torch.where(keep < held, keep, keep + (rows - held))
-            torch.ops.amskv.compact(self._pages, self._arena, read, k, v, keys.contiguous(), slots)
+            torch.ops.amskv.compact(self._pages, self._arena, read, k, v, keys.contiguous(), slots, self._page_scales)
         if self.selection.accumulate and scores is not None:
             self._sums[layer] = scores
         self._raw = None
@@ -130,13 +131,14 @@ class TokenSelector:
         """(B, Hkv, held + n) fp32 in the order of the keys."""
         if self.selection.raw_queries:
             assert self._raw is not None
-            observing, softmax_scale = self._raw, 1 / math.sqrt(q.shape[3])
+            observing, softmax_scale = self._raw.to(q.dtype), 1 / math.sqrt(q.shape[3])
         elif self.selection.observers == "all":
             observing = q
         else:
             observing = q.index_select(1, self._tables[step, layer][0])
-        mode = self.selection.score
-        scores = torch.ops.amskv.window_scores(observing, k, self._pages, self._arena, read, softmax_scale, mode)
+        scores = torch.ops.amskv.window_scores(
+            observing, k, self._pages, self._arena, read, softmax_scale, self.selection.score, self._page_scales
+        )
         held, rows = self.plan.read_rows(step, layer), read.shape[2] * self.plan.page_size
         # The rest of the last page names no key.
         return scores if held == rows else torch.cat([scores[..., :held], scores[..., rows:]], dim=2)

@@ -30,7 +30,7 @@ __all__ = [
 
 def attn(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
-    read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
+    read_slots: Tensor, write_slots: Tensor, softmax_scale: float, page_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention over paged history and the current scale, which is stored on the way: `torch.ops.amskv.attn`.
 
@@ -43,14 +43,17 @@ def attn(
         q: (B, n, H, D) fp16, bf16 or fp32; any strides whose last is 1. D is 64, 96 or 128.
         k: (B, n, Hkv, D), as q.
         v: as k.
-        pages: (num_pages, 2, page_size, D), q's dtype, contiguous; page_size is 16, 32, 64 or 128. Of a page named in
-            part, the other rows must be finite: they are fetched and weighed 0. Stores leave zeros there.
+        pages: (num_pages, 2, page_size, D), q's dtype or int8, contiguous; page_size is 16, 32, 64 or 128. Of a page
+            named in part, the other rows must be finite: they are fetched and weighed 0. Stores leave zeros there.
         arena: (B, Hkv) int32.
         read_slots: (B|1, Hkv|1, S) int32; size-1 dimensions broadcast, S may be 0.
         write_slots: as read_slots, with its own S.
         softmax_scale: finite and above 0. Logits are exact up to 1.8 · 10⁸ in magnitude, as far as fp32 holds the
             products q · k; beyond, up to 10³², only weights below 2⁻¹⁶ of a row's largest are lost. Where Triton
             splits a row's keys, each part's weight carries the rounding of its lse, 2⁻²⁴ of it.
+        page_scales: (num_pages, 2, page_size) fp32, contiguous: what the bytes of each row of int8 pages are multiplied
+            by. Written as pages are; see `amskv_kernels.ops.quantise` for how rows are rounded. The current rows are
+            attended to as they are.
 
     Returns:
         out (B, n, H, D), contiguous, q's dtype, and lse (B, H, n) fp32, natural log.
@@ -61,16 +64,18 @@ def attn(
     """
     check_tensors(q=q, k=k, v=v, pages=pages, arena=arena, read_slots=read_slots, write_slots=write_slots)
     real_number("softmax_scale", softmax_scale)
-    return torch.ops.amskv.attn.default(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
+    return torch.ops.amskv.attn.default(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales)
 
 
-def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:
+def append(
+    k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor, page_scales: Tensor | None = None
+) -> None:  # fmt: skip
     """The store of `attn` alone, for a framework that attends by other means: `torch.ops.amskv.append`.
 
     Arguments and errors as for `attn`.
     """
     check_tensors(k=k, v=v, pages=pages, arena=arena, write_slots=write_slots)
-    torch.ops.amskv.append.default(k, v, pages, arena, write_slots)
+    torch.ops.amskv.append.default(k, v, pages, arena, write_slots, page_scales)
 
 
 def prepare_qk(
@@ -107,7 +112,7 @@ def prepare_qk(
 
 def window_scores(
     q_window: Tensor, k: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor,
-    softmax_scale: float, mode: str = "softmax",
+    softmax_scale: float, mode: str = "softmax", page_scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """How much an observation window of queries attends to each key, for token policies.
 
@@ -118,6 +123,7 @@ def window_scores(
         k: (B, n, Hkv, D), pages, arena, read_slots: as for `attn`.
         softmax_scale: finite and above 0.
         mode: "softmax" sums each query's probabilities over all keys, "sum_logits" its scaled logits.
+        page_scales: as for `attn`.
 
     Returns:
         (B, Hkv, S · page_size + n) fp32: summed over the window and over the query heads of a KV head; −inf for
@@ -129,11 +135,14 @@ def window_scores(
     check_tensors(q_window=q_window, k=k, pages=pages, arena=arena, read_slots=read_slots)
     real_number("softmax_scale", softmax_scale)
     instance_of("mode", mode, str)
-    return torch.ops.amskv.window_scores.default(q_window, k, pages, arena, read_slots, softmax_scale, mode)
+    return torch.ops.amskv.window_scores.default(
+        q_window, k, pages, arena, read_slots, softmax_scale, mode, page_scales
+    )
 
 
 def compact(
-    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor
+    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor,
+    page_scales: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Copy chosen rows of [history, k and v] into fresh pages: `torch.ops.amskv.compact`.
 
@@ -146,12 +155,13 @@ def compact(
         keep: (B, Hkv, M) int32 or int64, ascending: the keys to keep, counted as `window_scores` orders them.
         dst_slots: (B|1, Hkv|1, S) int32; they name M rows, in pages that src_slots do not name. The rest of every
             page becomes zero.
+        page_scales: as for `attn`. Rows that come from pages keep their bytes and scale; none is rounded twice.
 
     Raises:
         TypeError: a wrong dtype. ValueError: a wrong device, shape, stride or table.
     """
     check_tensors(pages=pages, arena=arena, src_slots=src_slots, k=k, v=v, keep=keep, dst_slots=dst_slots)
-    torch.ops.amskv.compact.default(pages, arena, src_slots, k, v, keep, dst_slots)
+    torch.ops.amskv.compact.default(pages, arena, src_slots, k, v, keep, dst_slots, page_scales)
 
 
 for _function in (attn, append, prepare_qk, window_scores, compact):

@@ -13,7 +13,8 @@ from amskv_kernels.arguments import instance_of, one_of, whole_number
 from amskv_kernels.planning.layout import HEAD_DIMS, PAGE_SIZES
 
 SCORE_MODES = ("softmax", "sum_logits")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of q, k and v
+PAGE_DTYPES = (*DTYPES, torch.int8)
 LEAST_SCALE = torch.finfo(torch.float32).tiny
 MOST_SCALE = torch.finfo(torch.float32).max / 2  # half: kernels multiply it by log2(e)
 
@@ -27,6 +28,8 @@ class PlannedAttn(NamedTuple):
         read_slots: (1, 1|Hkv, S) int32.
         write_slots: as read_slots, with its own S.
         n: tokens of the call.
+        dtype: of q, k and v.
+        page_scales: (num_pages, 2, page_size) fp32 where pages are int8.
     """
 
     pages: Tensor
@@ -34,14 +37,15 @@ class PlannedAttn(NamedTuple):
     read_slots: Tensor
     write_slots: Tensor
     n: int
+    dtype: torch.dtype
+    page_scales: Tensor | None = None
 
     def takes(self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> bool:
         """Whether these are arguments that `check_attn` and `check_apart` pass, in 3 µs."""
         pages, (batch, kv_heads) = self.pages, self.arena.shape
-        head_dim, dtype, device = pages.shape[3], pages.dtype, pages.device
+        head_dim, dtype, device = pages.shape[3], self.dtype, pages.device
         heads = q.shape[2] if q.dim() == 4 else 0
-        start = pages.data_ptr()
-        end = start + pages.nbytes
+        written = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in (pages, self.page_scales) if x is not None]
         return (
             heads > 0
             and heads % kv_heads == 0
@@ -50,27 +54,29 @@ class PlannedAttn(NamedTuple):
             and q.dtype is k.dtype is v.dtype is dtype
             and q.device == k.device == v.device == device
             and q.stride(3) == k.stride(3) == v.stride(3) == 1
-            and not any(start <= x.data_ptr() < end for x in (q, k, v))
+            and not any(start <= x.data_ptr() < end for start, end in written for x in (q, k, v))
             and LEAST_SCALE <= softmax_scale <= MOST_SCALE
         )
 
 
 def check_attn(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
-    read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
+    read_slots: Tensor, write_slots: Tensor, softmax_scale: float, page_scales: Tensor | None,
 ) -> None:  # fmt: skip
     """Raise TypeError (dtype) or ValueError (anything else) for arguments that `attn` cannot take."""
     _check_rows("q", q, "(B, n, H, D)")
-    _check_current(k, v, pages, arena)
+    _check_current(k, v, pages, arena, page_scales)
     _check_queries("q", q, k, same_rows=True)
     _check_slots("read_slots", read_slots, k)
     _check_slots("write_slots", write_slots, k)
     _check_scale(softmax_scale)
 
 
-def check_append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:
+def check_append(
+    k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor, page_scales: Tensor | None
+) -> None:  # fmt: skip
     """Raise TypeError (dtype) or ValueError (anything else) for arguments that `append` cannot take."""
-    _check_current(k, v, pages, arena)
+    _check_current(k, v, pages, arena, page_scales)
     _check_slots("write_slots", write_slots, k)
 
 
@@ -86,8 +92,8 @@ def check_pool(
     whole_number("batch", batch, 1)
     whole_number("kv_heads", kv_heads, 1)
     one_of("head_dim", head_dim, HEAD_DIMS)
-    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
-        raise TypeError(f"dtype is {dtype!r}; it must be one of {', '.join(str(d) for d in DTYPES)}")
+    if not isinstance(dtype, torch.dtype) or dtype not in PAGE_DTYPES:
+        raise TypeError(f"dtype is {dtype!r}; it must be one of {', '.join(str(d) for d in PAGE_DTYPES)}")
     if not isinstance(device, (torch.device, str)):
         raise TypeError(f"device is {device!r}; it must be a torch.device or a string such as 'cuda:0'")
     try:
@@ -104,17 +110,22 @@ def check_tensors(**named: object) -> None:
         instance_of(name, value, Tensor)
 
 
-def check_apart(pages: Tensor, write_slots: Tensor, **rows: Tensor) -> None:
+def check_apart(pages: Tensor, page_scales: Tensor | None, write_slots: Tensor, **rows: Tensor) -> None:
     """Raise ValueError where rows lie in the pool that the same call writes: what is read may be written by then."""
     if write_slots.shape[-1] == 0:
         return
-    start = pages.data_ptr()
-    end = start + pages.numel() * pages.element_size()
-    for name, x in rows.items():
-        first = x.data_ptr()
-        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-        if x.numel() and first < end and first + (last + 1) * x.element_size() > start:
-            raise ValueError(f"{name} shares memory with pages, which this call writes; it must be a tensor of its own")
+    for written, pool in (("pages", pages), ("page_scales", page_scales)):
+        if pool is None:
+            continue
+        start = pool.data_ptr()
+        end = start + pool.numel() * pool.element_size()
+        for name, x in rows.items():
+            first = x.data_ptr()
+            last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+            if x.numel() and first < end and first + (last + 1) * x.element_size() > start:
+                raise ValueError(
+                    f"{name} shares memory with {written}, which this call writes; it must be a tensor of its own"
+                )
 
 
 def refuse_gradients(*tensors: Tensor) -> None:
@@ -156,11 +167,12 @@ def check_prepare_qk(
 
 
 def check_window_scores(
-    q_window: Tensor, k: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, softmax_scale: float, mode: str
+    q_window: Tensor, k: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, softmax_scale: float, mode: str,
+    page_scales: Tensor | None,
 ) -> None:  # fmt: skip
     """Raise TypeError (dtype) or ValueError (anything else) for arguments that `window_scores` cannot take."""
     _check_rows("q_window", q_window, "(B, W, H, D)")
-    _check_current(k, k, pages, arena)
+    _check_current(k, k, pages, arena, page_scales)
     _check_queries("q_window", q_window, k, same_rows=False)
     if q_window.shape[1] < 1:
         raise ValueError("q_window has no queries; it must have at least 1")
@@ -171,10 +183,11 @@ def check_window_scores(
 
 
 def check_compact(
-    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor
+    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor,
+    page_scales: Tensor | None,
 ) -> None:  # fmt: skip
     """Raise TypeError (dtype) or ValueError (anything else) for arguments that `compact` cannot take."""
-    _check_current(k, v, pages, arena)
+    _check_current(k, v, pages, arena, page_scales)
     _check_slots("src_slots", src_slots, k)
     _check_slots("dst_slots", dst_slots, k)
     instance_of("keep", keep, Tensor)
@@ -208,15 +221,17 @@ def _check_scale(softmax_scale: float) -> None:
         raise ValueError(f"softmax_scale is {softmax_scale}; it must be finite and above 0, in fp32 as well")
 
 
-def _check_current(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor) -> None:
+def _check_current(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, page_scales: Tensor | None) -> None:
     _check_rows("k", k, "(B, n, Hkv, D)")
     _check_rows("v", v, "(B, n, Hkv, D)")
     instance_of("pages", pages, Tensor)
     if v.shape != k.shape:
         raise ValueError(f"v has shape {_shape(v)}; it must have that of k, {_shape(k)}")
+    if v.dtype != k.dtype:
+        raise TypeError(f"v is {v.dtype}; it must be {k.dtype}, as k")
+    if pages.dtype not in (k.dtype, torch.int8):
+        raise TypeError(f"pages is {pages.dtype}; it must be {k.dtype}, as k, or torch.int8")
     for name, tensor in (("v", v), ("pages", pages)):
-        if tensor.dtype != k.dtype:
-            raise TypeError(f"{name} is {tensor.dtype}; it must be {k.dtype}, as k")
         if tensor.device != k.device:
             raise ValueError(f"{name} is on {tensor.device}; it must be on {k.device}, as k")
     if pages.dim() != 4 or pages.shape[1] != 2 or pages.shape[3] != k.shape[3]:
@@ -225,9 +240,31 @@ def _check_current(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor) -> None:
         raise ValueError(f"pages has a page_size of {pages.shape[2]}; it must be one of {PAGE_SIZES}")
     if not pages.is_contiguous():
         raise ValueError(f"pages has strides {tuple(pages.stride())}; it must be contiguous")
+    _check_page_scales(page_scales, pages)
     _check_table("arena", arena, k)
     if arena.dim() != 2 or arena.shape[0] != k.shape[0] or arena.shape[1] != k.shape[2]:
         raise ValueError(f"arena has shape {_shape(arena)}; it must be (B, Hkv) = ({k.shape[0]}, {k.shape[2]})")
+
+
+def _check_page_scales(page_scales: Tensor | None, pages: Tensor) -> None:
+    if pages.dtype != torch.int8:
+        if page_scales is not None:
+            raise ValueError(f"page_scales is given for pages of {pages.dtype}; only pages of torch.int8 have scales")
+        return
+    if page_scales is None:
+        raise ValueError("page_scales is None; pages of torch.int8 need the scale of every row")
+    instance_of("page_scales", page_scales, Tensor)
+    if page_scales.dtype != torch.float32:
+        raise TypeError(f"page_scales is {page_scales.dtype}; it must be torch.float32")
+    if page_scales.device != pages.device:
+        raise ValueError(f"page_scales is on {page_scales.device}; it must be on {pages.device}, as pages")
+    if page_scales.shape != pages.shape[:3]:
+        raise ValueError(
+            f"page_scales has shape {_shape(page_scales)}; it must be (num_pages, 2, page_size) = "
+            f"({pages.shape[0]}, 2, {pages.shape[2]})"
+        )
+    if not page_scales.is_contiguous():
+        raise ValueError(f"page_scales has strides {tuple(page_scales.stride())}; it must be contiguous")
 
 
 def _check_rows(name: str, x: Tensor, layout: str) -> None:

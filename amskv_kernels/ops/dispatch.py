@@ -80,31 +80,34 @@ def debug(on: bool = True) -> _Setting:
     return _Setting(debug=bool(on))
 
 
-def choose(op: str, device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> Choice:
+def choose(
+    op: str, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, pages: torch.dtype | None = None
+) -> Choice:  # fmt: skip
     """Which backend serves `op` for tensors of `dtype` on a device ("cpu", "cuda", "cuda:1"), with the reason.
 
+    `pages` is the pages' dtype, that of the tensors unless given.
     A forced backend that has no kernel of its own for an op leaves it to the others: the CUDA library has attn and
     append alone.
 
     Raises:
         RuntimeError: the forced backend has the op, but cannot serve it there.
-        TypeError: the forced backend has the op, but not for that dtype.
+        TypeError: the forced backend has the op, but not for that dtype, of tensors or of pages.
     """
-    device, forced = torch.device(device), settings().backend
-    name = _find(op, device, dtype, forced)
+    device, forced, pages = torch.device(device), settings().backend, pages or dtype
+    name = _find(op, device, dtype, pages, forced)
     if name == forced:
         return Choice(name, "forced")
     earlier = list(BACKENDS)[: list(BACKENDS).index(name)]
-    passed_over = [f"{each}: {_missing(BACKENDS[each], op, device, dtype, False)}" for each in earlier]
+    passed_over = [f"{each}: {_missing(BACKENDS[each], op, device, dtype, pages, False)}" for each in earlier]
     return Choice(name, f"instead of {'; '.join(passed_over)}" if passed_over else "preferred")
 
 
-def backend_of(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+def backend_of(op: str, device: torch.device, dtype: torch.dtype, pages: torch.dtype) -> ModuleType:
     """The backend that serves this call; errors as of `choose`."""
-    return BACKENDS[_found(op, device, dtype, settings().backend)]
+    return BACKENDS[_found(op, device, dtype, pages, settings().backend)]
 
 
-def _find(op: str, device: torch.device, dtype: torch.dtype, forced: str) -> str:
+def _find(op: str, device: torch.device, dtype: torch.dtype, pages: torch.dtype, forced: str) -> str:
     """The name of the backend that serves this call."""
     if forced != "auto" and hasattr(BACKENDS[forced], op):
         module = BACKENDS[forced]
@@ -113,9 +116,11 @@ def _find(op: str, device: torch.device, dtype: torch.dtype, forced: str) -> str
             raise RuntimeError(f"backend {forced!r} cannot serve {op} on {device.type}: {forced}: {missing}")
         if dtype not in module.DTYPES:
             raise TypeError(f"q or k is {_plain(dtype)}; backend {forced!r} takes {_plain(*module.DTYPES)}")
+        if pages not in module.PAGE_DTYPES:
+            raise TypeError(f"pages is {_plain(pages)}; backend {forced!r} takes {_plain(*module.PAGE_DTYPES)}")
         return forced
     for name, module in BACKENDS.items():
-        if _missing(module, op, device, dtype, False) is None:
+        if _missing(module, op, device, dtype, pages, False) is None:
             return name
     raise RuntimeError(f"no backend serves {op} on {device}")  # the plain PyTorch backend serves everything
 
@@ -123,12 +128,16 @@ def _find(op: str, device: torch.device, dtype: torch.dtype, forced: str) -> str
 _found = cache(_find)  # what a machine can serve does not change while a process runs
 
 
-def _missing(module: ModuleType, op: str, device: torch.device, dtype: torch.dtype, forced: bool) -> str | None:
+def _missing(
+    module: ModuleType, op: str, device: torch.device, dtype: torch.dtype, pages: torch.dtype, forced: bool
+) -> str | None:  # fmt: skip
     """Why a backend does not serve an op, None if it does."""
     if not hasattr(module, op):
         return f"has no {op}"
     if dtype not in module.DTYPES:
         return f"takes {_plain(*module.DTYPES)}, not {_plain(dtype)}"
+    if pages not in module.PAGE_DTYPES:
+        return f"takes pages of {_plain(*module.PAGE_DTYPES)}, not {_plain(pages)}"
     found: str | None = module.unavailable(device, forced)
     return found
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from amskv_kernels.ops.checks import PlannedAttn
+from amskv_kernels.ops.checks import DTYPES, PlannedAttn
 from amskv_kernels.ops.dispatch import backend_of, settings
 from amskv_kernels.ops.guard import plain_kernels
 
@@ -27,15 +27,18 @@ def prepare_attn(call: PlannedAttn) -> Prepared:
         RuntimeError: a forced backend cannot serve there.
         TypeError: a forced backend does not take the dtype.
     """
-    tables = call[:4]
+    tables, page_scales = call[:4], call.page_scales
     op = torch.ops.amskv.attn.default
 
     def raw(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        out: Tensor = op(q, k, v, *tables, softmax_scale)[0]
+        out: Tensor = op(q, k, v, *tables, softmax_scale, page_scales)[0]
         return out
 
-    module = backend_of("attn", call.pages.device, call.pages.dtype)
-    if settings().debug or not hasattr(module, "prepared_attn"):
+    fits = call.dtype in DTYPES and call.pages.dtype in (call.dtype, torch.int8)
+    if settings().debug or not fits:  # the raw call names what is wrong with a dtype
+        return raw
+    module = backend_of("attn", call.pages.device, call.dtype, call.pages.dtype)
+    if not hasattr(module, "prepared_attn"):
         return raw
     ready: Prepared = module.prepared_attn(call)
     takes, checks_itself = call.takes, getattr(module, "CHECKS_ITSELF", False)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from amskv_kernels.ops.quantise import quantise
 from amskv_kernels.planning.layout import ROWS_BITS, ROWS_MASK
 
 
 def attn(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
-    read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
+    read_slots: Tensor, write_slots: Tensor, softmax_scale: float, page_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """softmax(softmax_scale · q [history, k]ᵀ) [history, v], then the store.
 
@@ -26,29 +27,24 @@ def attn(
         for h in range(heads):
             named = _named(arena, read_slots, b, h // group)
             keys, values = (
-                torch.cat([*(pages[page, i, :rows] for page, rows in named), x[b, :, h // group]]).double()
+                torch.cat(
+                    [*(_rows(pages, page_scales, page, i, rows) for page, rows in named), x[b, :, h // group].double()]
+                )
                 for i, x in enumerate((k, v))
             )
             scores = softmax_scale * q[b, :, h].double() @ keys.T
             lse[b, h] = own = scores.logsumexp(-1)
             out[b, :, h] = (scores - own.masked_fill(own == -torch.inf, 0)[:, None]).exp() @ values
     lse[lse == torch.inf] = torch.nan
-    append(k, v, pages, arena, write_slots)
+    append(k, v, pages, arena, write_slots, page_scales)
     return out, lse
 
 
-def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:
+def append(
+    k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor, page_scales: Tensor | None = None
+) -> None:  # fmt: skip
     """Rows of k, v in order, page by page, after the rows the first page holds; the rest of a page becomes 0."""
-    for b in range(k.shape[0]):
-        for h in range(k.shape[2]):
-            named = _named(arena, write_slots, b, h)
-            done = k.shape[1] - sum(rows for _, rows in named)  # below 0: minus the rows already there
-            for page, rows in named:
-                for i, x in enumerate((k, v)):
-                    first = max(0, -done)
-                    pages[page, i, first:rows] = x[b, done + first : done + rows, h]
-                    pages[page, i, rows:] = 0
-                done += rows
+    _store(_kept(k, page_scales), _kept(v, page_scales), _pools(pages, page_scales), arena, write_slots)
 
 
 def prepare_qk(
@@ -69,7 +65,8 @@ def prepare_qk(
 
 
 def window_scores(
-    q_window: Tensor, k: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, softmax_scale: float, mode: str
+    q_window: Tensor, k: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, softmax_scale: float, mode: str,
+    page_scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Per KV head and key: logits, or their softmax over the keys, summed over the window and the group's heads.
 
@@ -81,7 +78,7 @@ def window_scores(
     scores = torch.full((batch, kv_heads, read_slots.shape[2] * page_size + n), -torch.inf, dtype=torch.float64)
     for b in range(batch):
         for h in range(kv_heads):
-            keys, index = _keys(k, pages, arena, read_slots, b, h)
+            keys, index = _keys(k, pages, page_scales, arena, read_slots, b, h)
             for g in range(h * group, (h + 1) * group):
                 logits = softmax_scale * q_window[b, :, g].double() @ keys.T
                 each = logits.softmax(-1) if mode == "softmax" else logits
@@ -90,35 +87,71 @@ def window_scores(
 
 
 def compact(
-    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor
+    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor,
+    page_scales: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """The rows that `keep` counts, in the key order of `window_scores`, stored as by `append`."""
-    page_size = pages.shape[2]
-    kept_k, kept_v = (x.new_empty(x.shape[0], keep.shape[2], *x.shape[2:]) for x in (k, v))
+    """The rows that `keep` counts, in the key order of `window_scores`, stored as by `append`, none rounded twice."""
+    page_size, pools = pages.shape[2], _pools(pages, page_scales)
+    current = [_kept(x, page_scales) for x in (k, v)]
+    kept = [[x.new_empty(x.shape[0], keep.shape[2], *x.shape[2:]) for x in parts] for parts in current]
     for b in range(k.shape[0]):
         for h in range(k.shape[2]):
             slots = src_slots[b % src_slots.shape[0], h % src_slots.shape[1]].tolist()
             for to, i in enumerate(keep[b, h].tolist()):
                 entry, row = divmod(i, page_size)
-                if entry < len(slots):
-                    page = int(arena[b, h]) + (slots[entry] >> ROWS_BITS)
-                    kept_k[b, to, h], kept_v[b, to, h] = pages[page, 0, row], pages[page, 1, row]
-                else:
-                    current = i - len(slots) * page_size
-                    kept_k[b, to, h], kept_v[b, to, h] = k[b, current, h], v[b, current, h]
-    append(kept_k, kept_v, pages, arena, dst_slots)
+                for which, new in enumerate(kept):
+                    for new_part, part, pool in zip(new, current[which], pools, strict=True):
+                        if entry < len(slots):
+                            page = int(arena[b, h]) + (slots[entry] >> ROWS_BITS)
+                            new_part[b, to, h] = pool[page, which, row]
+                        else:
+                            new_part[b, to, h] = part[b, i - len(slots) * page_size, h]
+    _store(kept[0], kept[1], pools, arena, dst_slots)
 
 
-def _keys(k: Tensor, pages: Tensor, arena: Tensor, slots: Tensor, b: int, h: int) -> tuple[Tensor, Tensor]:
+def _pools(pages: Tensor, page_scales: Tensor | None) -> list[Tensor]:
+    return [pages] if page_scales is None else [pages, page_scales]
+
+
+def _kept(x: Tensor, page_scales: Tensor | None) -> list[Tensor]:
+    """What each of the pools keeps of rows."""
+    return [x] if page_scales is None else [*quantise(x)]
+
+
+def _store(k: list[Tensor], v: list[Tensor], pools: list[Tensor], arena: Tensor, write_slots: Tensor) -> None:
+    batch, n, kv_heads = k[0].shape[:3]
+    for b in range(batch):
+        for h in range(kv_heads):
+            named = _named(arena, write_slots, b, h)
+            done = n - sum(rows for _, rows in named)  # below 0: minus the rows already there
+            for page, rows in named:
+                first = max(0, -done)
+                for i, parts in enumerate((k, v)):
+                    for pool, part in zip(pools, parts, strict=True):
+                        pool[page, i, first:rows] = part[b, done + first : done + rows, h]
+                        pool[page, i, rows:] = 0
+                done += rows
+
+
+def _rows(pages: Tensor, page_scales: Tensor | None, page: int, which: int, rows: int) -> Tensor:
+    """The first rows of a page, of K (0) or V (1), in fp64."""
+    named = pages[page, which, :rows].double()
+    return named if page_scales is None else named * page_scales[page, which, :rows, None].double()
+
+
+def _keys(
+    k: Tensor, pages: Tensor, page_scales: Tensor | None, arena: Tensor, slots: Tensor, b: int, h: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A head's keys (N, D) in fp64, and where each stands in the order with a full page per entry."""
     page_size, keys, index = pages.shape[2], [], []
     for i, slot in enumerate(slots[b % slots.shape[0], h % slots.shape[1]].tolist()):
         rows = slot & ROWS_MASK
-        keys.append(pages[int(arena[b, h]) + (slot >> ROWS_BITS), 0, :rows] if rows else pages[:0, 0, 0])
+        if rows:
+            keys.append(_rows(pages, page_scales, int(arena[b, h]) + (slot >> ROWS_BITS), 0, rows))
         index.append(i * page_size + torch.arange(rows))
-    keys.append(k[b, :, h])
+    keys.append(k[b, :, h].double())
     index.append(slots.shape[2] * page_size + torch.arange(k.shape[1]))
-    return torch.cat(keys).double(), torch.cat(index)
+    return torch.cat(keys), torch.cat(index)
 
 
 def _named(arena: Tensor, slots: Tensor, b: int, h: int) -> list[tuple[int, int]]:

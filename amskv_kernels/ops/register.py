@@ -24,26 +24,29 @@ from amskv_kernels.ops.tables import check_keep, check_tables
 
 def attn(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
-    read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
+    read_slots: Tensor, write_slots: Tensor, softmax_scale: float, page_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
-    check_apart(pages, write_slots, q=q, k=k, v=v)
+    check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales)
+    check_apart(pages, page_scales, write_slots, q=q, k=k, v=v)
     if _tables_are_read(pages):
         check_tables(pages, arena, read_slots, write_slots, k.shape[1])
     if q.numel() == 0:
         batch, n, heads, _ = q.shape
         return q.new_empty(q.shape), q.new_empty(batch, heads, n, dtype=torch.float32)
-    module = backend_of("attn", k.device, k.dtype)
-    return module.attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
+    module = backend_of("attn", k.device, k.dtype, pages.dtype)
+    return module.attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, *_given(page_scales))
 
 
-def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:
-    check_append(k, v, pages, arena, write_slots)
-    check_apart(pages, write_slots, k=k, v=v)
+def append(
+    k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor, page_scales: Tensor | None = None
+) -> None:  # fmt: skip
+    check_append(k, v, pages, arena, write_slots, page_scales)
+    check_apart(pages, page_scales, write_slots, k=k, v=v)
     if _tables_are_read(pages):
         check_tables(pages, arena, write_slots[..., :0], write_slots, k.shape[1])
     if k.numel() and write_slots.numel():
-        backend_of("append", k.device, k.dtype).append(k, v, pages, arena, write_slots)
+        module = backend_of("append", k.device, k.dtype, pages.dtype)
+        module.append(k, v, pages, arena, write_slots, *_given(page_scales))
 
 
 def prepare_qk(
@@ -51,34 +54,40 @@ def prepare_qk(
     l2norm: bool = False, eps: float = 1e-12,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     check_prepare_qk(qkv, kv_heads, q_scale, cos, sin, eps)
-    module = backend_of("prepare_qk", qkv.device, qkv.dtype)
+    module = backend_of("prepare_qk", qkv.device, qkv.dtype, qkv.dtype)
     return module.prepare_qk(qkv, kv_heads, q_scale, cos, sin, l2norm, eps)
 
 
 def window_scores(
     q_window: Tensor, k: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor,
-    softmax_scale: float, mode: str = "softmax",
+    softmax_scale: float, mode: str = "softmax", page_scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    check_window_scores(q_window, k, pages, arena, read_slots, softmax_scale, mode)
+    check_window_scores(q_window, k, pages, arena, read_slots, softmax_scale, mode, page_scales)
     if _tables_are_read(pages):
         check_tables(pages, arena, read_slots, read_slots[..., :0], k.shape[1])
     keys = read_slots.shape[2] * pages.shape[2] + k.shape[1]
     if keys == 0 or k.shape[0] == 0:
         return k.new_empty(k.shape[0], k.shape[2], keys, dtype=torch.float32)
-    module = backend_of("window_scores", k.device, k.dtype)
-    return module.window_scores(q_window, k, pages, arena, read_slots, softmax_scale, mode)
+    module = backend_of("window_scores", k.device, k.dtype, pages.dtype)
+    return module.window_scores(q_window, k, pages, arena, read_slots, softmax_scale, mode, *_given(page_scales))
 
 
 def compact(
-    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor
+    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor,
+    page_scales: Tensor | None = None,
 ) -> None:  # fmt: skip
-    check_compact(pages, arena, src_slots, k, v, keep, dst_slots)
-    check_apart(pages, dst_slots, k=k, v=v)
+    check_compact(pages, arena, src_slots, k, v, keep, dst_slots, page_scales)
+    check_apart(pages, page_scales, dst_slots, k=k, v=v)
     if _tables_are_read(pages):
         check_keep(pages, arena, src_slots, keep, dst_slots, k.shape[1])
     if keep.numel() and dst_slots.numel():
-        module = backend_of("compact", k.device, k.dtype)
-        module.compact(pages, arena, src_slots, k, v, keep, dst_slots)
+        module = backend_of("compact", k.device, k.dtype, pages.dtype)
+        module.compact(pages, arena, src_slots, k, v, keep, dst_slots, *_given(page_scales))
+
+
+def _given(page_scales: Tensor | None) -> tuple[Tensor, ...]:
+    """What a backend is passed of it: one that takes no int8 pages has no such argument."""
+    return () if page_scales is None else (page_scales,)
 
 
 def _tables_are_read(pages: Tensor) -> bool:

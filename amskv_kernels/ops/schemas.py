@@ -12,28 +12,31 @@ from amskv_kernels.ops.checks import check_append, check_attn, check_compact, ch
 
 SCHEMAS = {
     "attn": "(Tensor q, Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor read_slots, Tensor write_slots, "
-    "float softmax_scale) -> (Tensor, Tensor)",
-    "append": "(Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor write_slots) -> ()",
+    "float softmax_scale, Tensor(b!)? page_scales=None) -> (Tensor, Tensor)",
+    "append": "(Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor write_slots, "
+    "Tensor(b!)? page_scales=None) -> ()",
     "prepare_qk": "(Tensor qkv, int kv_heads, Tensor? q_scale=None, Tensor? cos=None, Tensor? sin=None, "
     "bool l2norm=False, float eps=1e-12) -> (Tensor, Tensor)",
     "window_scores": "(Tensor q_window, Tensor k, Tensor pages, Tensor arena, Tensor read_slots, "
-    'float softmax_scale, str mode="softmax") -> Tensor',
+    'float softmax_scale, str mode="softmax", Tensor? page_scales=None) -> Tensor',
     "compact": "(Tensor(a!) pages, Tensor arena, Tensor src_slots, Tensor k, Tensor v, Tensor keep, "
-    "Tensor dst_slots) -> ()",
+    "Tensor dst_slots, Tensor(b!)? page_scales=None) -> ()",
 }
 
 
 def fake_attn(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
-    read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
+    read_slots: Tensor, write_slots: Tensor, softmax_scale: float, page_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
+    check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales)
     batch, n, heads, head_dim = q.shape
     return q.new_empty(batch, n, heads, head_dim), q.new_empty(batch, heads, n, dtype=torch.float32)
 
 
-def fake_append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:
-    check_append(k, v, pages, arena, write_slots)
+def fake_append(
+    k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor, page_scales: Tensor | None = None
+) -> None:  # fmt: skip
+    check_append(k, v, pages, arena, write_slots, page_scales)
 
 
 def fake_prepare_qk(
@@ -47,17 +50,18 @@ def fake_prepare_qk(
 
 def fake_window_scores(
     q_window: Tensor, k: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor,
-    softmax_scale: float, mode: str = "softmax",
+    softmax_scale: float, mode: str = "softmax", page_scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    check_window_scores(q_window, k, pages, arena, read_slots, softmax_scale, mode)
+    check_window_scores(q_window, k, pages, arena, read_slots, softmax_scale, mode, page_scales)
     keys = read_slots.shape[2] * pages.shape[2] + k.shape[1]
     return k.new_empty(k.shape[0], k.shape[2], keys, dtype=torch.float32)
 
 
 def fake_compact(
-    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor
+    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor,
+    page_scales: Tensor | None = None,
 ) -> None:  # fmt: skip
-    check_compact(pages, arena, src_slots, k, v, keep, dst_slots)
+    check_compact(pages, arena, src_slots, k, v, keep, dst_slots, page_scales)
 
 
 FAKES: dict[str, Callable[..., Any]] = {

@@ -68,7 +68,7 @@ def ours(inputs: CallInputs, backend: str = "auto") -> Contestant:
 
 def planned(inputs: CallInputs, i: int) -> PlannedAttn:
     """The call on set `i` as a plan knows it."""
-    return PlannedAttn(inputs.pool.pages, inputs.pool.arena, *inputs.tables[i], inputs.group.n)
+    return PlannedAttn(inputs.pool.pages, inputs.pool.arena, *inputs.tables[i], inputs.group.n, inputs.pool.pages.dtype)
 
 
 def contiguous(inputs: CallInputs) -> Contestant:

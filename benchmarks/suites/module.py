@@ -46,7 +46,7 @@ class Layer:
             for step, n in enumerate(schedule.tokens)
         ]
         self.calls = [
-            prepare_attn(PlannedAttn(pool.pages, pool.arena, *pool.tables(step, layer), n))
+            prepare_attn(PlannedAttn(pool.pages, pool.arena, *pool.tables(step, layer), n, pool.pages.dtype))
             for step, n in enumerate(schedule.tokens)
         ]
         self.length = torch.full((shape.heads,), LENGTH, device=device)

@@ -117,8 +117,10 @@ def test_bad_sizes_and_devices_are_refused(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dtype": torch.int8}, "dtype is torch.int8; it must be one of torch.float16, torch.bfloat16, torch.float32"),
-        ({"dtype": torch.float64}, "dtype is torch.float64; it must be one of torch.float16"),
+        (
+            {"dtype": torch.float64},
+            "dtype is torch.float64; it must be one of torch.float16, torch.bfloat16, torch.float32, torch.int8",
+        ),
         ({"dtype": "bf16"}, "dtype is 'bf16'; it must be one of torch.float16"),
         ({"device": 0}, "device is 0; it must be a torch.device or a string such as 'cuda:0'"),
     ],

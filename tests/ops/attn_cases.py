@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from amskv_kernels.ops.quantise import dequantise, quantise
 from amskv_kernels.planning.layout import ROWS_BITS
 
 
@@ -62,6 +63,27 @@ def make(case: Case, seed: int = 0, device: str = "cpu") -> tuple:
     q, k, v = qkv.to(case.dtype).to(device).split([case.heads, case.kv_heads, case.kv_heads], dim=2)
     rest = (pages, arena, read_slots, write_slots)
     return (q, k, v, *(x.to(device) for x in rest), case.head_dim**-0.5)
+
+
+def eight_bit(pages: Tensor) -> tuple[Tensor, Tensor]:
+    """The same pool in eight bits, and its scales; rows of NaN get bytes that show if they are read."""
+    rows, scales = quantise(pages)
+    rows[scales.isnan()] = 99
+    return rows, scales
+
+
+def make_eight_bit(case: Case, seed: int = 0, device: str = "cpu") -> tuple:
+    """Arguments of torch.ops.amskv.attn with pages of int8 and their scales."""
+    q, k, v, pages, *rest = make(case, seed, device)
+    pages, page_scales = eight_bit(pages)
+    return (q, k, v, pages, *rest, page_scales)
+
+
+def exact(args: tuple) -> tuple:
+    """The call of `make_eight_bit` with pages that hold what its bytes stand for, in q's dtype."""
+    *args, page_scales = args
+    args[3] = dequantise(args[3], page_scales).to(args[0].dtype)
+    return tuple(args)
 
 
 def _ragged(case: Case) -> bool:

@@ -15,10 +15,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from amskv_kernels.ops.checks import DTYPES, PlannedAttn
+from amskv_kernels.ops.checks import DTYPES, PAGE_DTYPES, PlannedAttn
+from amskv_kernels.ops.quantise import dequantise, quantise
 from amskv_kernels.planning.layout import ROWS_BITS, ROWS_MASK
 
-__all__ = ["DTYPES", "append", "attn", "compact", "prepare_qk", "prepared_attn", "unavailable", "window_scores"]
+__all__ = [
+    "DTYPES", "PAGE_DTYPES", "append", "attn", "compact", "prepare_qk", "prepared_attn", "unavailable", "window_scores",
+]  # fmt: skip
 
 Table = npt.NDArray[np.int64]
 
@@ -30,10 +33,10 @@ def unavailable(device: torch.device, forced: bool) -> str | None:
 
 def attn(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
-    read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
+    read_slots: Tensor, write_slots: Tensor, softmax_scale: float, page_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `amskv_kernels.ops.attn`."""
-    pool, first = pages.view(1, -1, pages.shape[3]), _on_host(arena)
+    pool, first = _Pool.of(pages, page_scales), _on_host(arena)
     history = _History.of(first, read_slots, pages.shape[2], k.shape[1])
     store = _Store.of(first, write_slots, pages.shape[2], k.shape[1])
     return _attend(q, k, v, pool, history, store, softmax_scale)
@@ -43,7 +46,7 @@ def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float]
     """`attn` with its indices worked out once; they count from an arena's first page, so that all arenas share them."""
     pages, heads = call.pages, call.read_slots.shape[1]
     arenas, page_size = call.arena.numel() // heads, pages.shape[2]
-    pool, first = pages.view(arenas, -1, pages.shape[3]), np.zeros((1, heads), dtype=np.int64)
+    pool, first = _Pool.of(pages, call.page_scales, arenas), np.zeros((1, heads), dtype=np.int64)
     history = _History.of(first, call.read_slots, page_size, call.n)
     store = _Store.of(first, call.write_slots, page_size, call.n)
 
@@ -53,10 +56,12 @@ def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float]
     return ready
 
 
-def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:
+def append(
+    k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor, page_scales: Tensor | None = None
+) -> None:  # fmt: skip
     """See `amskv_kernels.ops.append`."""
-    store = _Store.of(_on_host(arena), write_slots, pages.shape[2], k.shape[1])
-    store.run(k.transpose(1, 2), v.transpose(1, 2), pages.view(1, -1, pages.shape[3]))
+    store, pool = _Store.of(_on_host(arena), write_slots, pages.shape[2], k.shape[1]), _Pool.of(pages, page_scales)
+    store.run(pool.kept(k.transpose(1, 2)), pool.kept(v.transpose(1, 2)), pool)
 
 
 def prepare_qk(
@@ -76,13 +81,17 @@ def prepare_qk(
 
 
 def window_scores(
-    q_window: Tensor, k: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, softmax_scale: float, mode: str
+    q_window: Tensor, k: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, softmax_scale: float, mode: str,
+    page_scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `amskv_kernels.ops.window_scores`."""
     kv_heads, head_dim = k.shape[2:]
     first, named = _padded_rows(pages, arena, read_slots)
-    history = pages.view(-1, head_dim)[torch.where(named, first, 0)]
-    keys = torch.cat([history, k.transpose(1, 2)], dim=2).float()  # [B, Hkv, N, D]
+    rows = torch.where(named, first, 0)
+    history = pages.view(-1, head_dim)[rows]
+    if page_scales is not None:
+        history = dequantise(history, page_scales.flatten()[rows])
+    keys = torch.cat([history.float(), k.transpose(1, 2).float()], dim=2)  # [B, Hkv, N, D]
     grouped = q_window.float().unflatten(2, (kv_heads, -1)).permute(0, 2, 1, 3, 4).flatten(2, 3)
     logits = (grouped @ keys.mT) * softmax_scale  # [B, Hkv, W·G, N]
     absent = torch.nn.functional.pad(~named, (0, k.shape[1]))[:, :, None]
@@ -93,7 +102,8 @@ def window_scores(
 
 
 def compact(
-    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor
+    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor,
+    page_scales: Tensor | None = None,
 ) -> None:  # fmt: skip
     """See `amskv_kernels.ops.compact`."""
     n, head_dim, page_size = k.shape[1], k.shape[3], pages.shape[2]
@@ -102,12 +112,48 @@ def compact(
     paged = keep < history
     source = first.gather(2, torch.where(paged, keep, 0)) if history else torch.zeros_like(keep)
     current = torch.where(paged, 0, keep - history)[..., None].expand(-1, -1, -1, head_dim)
-    pool, kept = pages.view(-1, head_dim), []
+    pool, kept = _Pool.of(pages, page_scales), []
     for x, shift in ((k, 0), (v, page_size)):
         rows = x.transpose(1, 2).gather(2, current) if n else x.new_zeros(current.shape)
-        kept.append(torch.where(paged[..., None], pool[source + shift], rows))
+        parts = zip(pool.parts, pool.kept(rows), strict=True)
+        kept.append(tuple(torch.where(paged[..., None], part[0][source + shift], new) for part, new in parts))
     store = _Store.of(_on_host(arena), dst_slots, page_size, keep.shape[2])
-    store.run(kept[0], kept[1], pages.view(1, -1, head_dim))
+    store.run(kept[0], kept[1], pool)
+
+
+class _Pool(NamedTuple):
+    """The pool as rows, in equal parts that indices count from.
+
+    Attributes:
+        parts: (parts, rows, D) of the pages and, where they are int8, (parts, rows, 1) of their scales.
+    """
+
+    parts: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, pages: Tensor, page_scales: Tensor | None, count: int = 1) -> _Pool:
+        rows = pages.view(count, -1, pages.shape[3])
+        return cls((rows,) if page_scales is None else (rows, page_scales.view(count, -1, 1)))
+
+    @property
+    def exact(self) -> bool:
+        """Whether it holds rows as they are."""
+        return len(self.parts) == 1
+
+    def kept(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What each part keeps of rows (…, D)."""
+        if self.exact:
+            return (x,)
+        rows, scales = quantise(x)
+        return rows, scales[..., None]
+
+    def read(self, index: Tensor, out: Tensor) -> None:
+        """The rows of every part of the pool, into `out` (parts, index, D)."""
+        if self.exact:
+            torch.index_select(self.parts[0], 1, index, out=out)
+        else:
+            rows, scales = (part.index_select(1, index) for part in self.parts)
+            torch.mul(rows, scales, out=out)
 
 
 class _History(NamedTuple):
@@ -170,29 +216,33 @@ class _Store(NamedTuple):
         target_of, blank_of = (_of_k_and_v(x, page_size, device) for x in (target[own], target[past]))
         return cls(target_of, taken, blank_of)
 
-    def run(self, k: Tensor, v: Tensor, pool: Tensor) -> None:
-        """Store rows of k, v (B, Hkv, n, D) in the pool (parts, rows, D)."""
+    def run(self, k: tuple[Tensor, ...], v: tuple[Tensor, ...], pool: _Pool) -> None:
+        """Store what each part of the pool keeps of k, v, (B, Hkv, n, ·)."""
         if self.target[0].numel() == 0:
             return
-        for x, target, blank in zip((k, v), self.target, self.blank, strict=True):
-            rows = x.reshape(pool.shape[0], -1, pool.shape[2])
-            if self.source is not None:
-                rows = rows.index_select(1, self.source)
-            pool.index_copy_(1, target, rows)
-            if blank.numel():
-                pool.index_fill_(1, blank, 0)
+        for new, target, blank in zip((k, v), self.target, self.blank, strict=True):
+            for part, x in zip(pool.parts, new, strict=True):
+                rows = x.reshape(part.shape[0], -1, part.shape[2])
+                if self.source is not None:
+                    rows = rows.index_select(1, self.source)
+                part.index_copy_(1, target, rows)
+                if blank.numel():
+                    part.index_fill_(1, blank, 0)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, pool: Tensor, history: _History, store: _Store, scale: float
+    q: Tensor, k: Tensor, v: Tensor, pool: _Pool, history: _History, store: _Store, scale: float
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output and log-sum-exp; history and current rows are copied once, into the buffers that attention reads."""
+    """Output and log-sum-exp; history and current rows are copied once, into the buffers that attention reads.
+
+    Where pages are int8 those are fp32: a row's bytes times its scale are not rounded again.
+    """
     (batch, n, heads, head_dim), kv_heads, held = q.shape, k.shape[2], history.held
-    buffers = k.new_empty(2, batch, kv_heads, held + n, head_dim)
+    dtype = k.dtype if pool.exact or not held else torch.float32
+    buffers = k.new_empty(2, batch, kv_heads, held + n, head_dim, dtype=dtype)
     for buffer, x, rows in zip(buffers.unbind(0), (k, v), history.rows, strict=True):
         if held:
-            gathered = buffer.view(pool.shape[0], -1, head_dim)[:, : rows.numel()]
-            torch.index_select(pool, 1, rows, out=gathered)
+            pool.read(rows, buffer.view(pool.parts[0].shape[0], -1, head_dim)[:, : rows.numel()])
             if history.hidden is not None:  # 0 · NaN is NaN: what is not named must not be there at all
                 buffer[:, :, :held].masked_fill_(history.hidden[..., None], 0)
         buffer[:, :, held:].copy_(x.transpose(1, 2))
@@ -200,11 +250,12 @@ def _attend(
     queries = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
     bias = None
     if history.hidden is not None:
-        bias = k.new_zeros(batch, kv_heads, 1, held + n)
+        bias = buffers.new_zeros(batch, kv_heads, 1, held + n)
         bias[..., :held].masked_fill_(history.hidden[:, :, None], -torch.inf)
-    out, lse = _softmax(queries, buffers[0], buffers[1], bias, scale)
-    store.run(buffers[0, :, :, held:], buffers[1, :, :, held:], pool)
-    out = out.view(batch, kv_heads, -1, n, head_dim).permute(0, 3, 1, 2, 4)
+    out, lse = _softmax(queries.to(dtype), buffers[0], buffers[1], bias, scale)
+    if store.target[0].numel():
+        store.run(pool.kept(buffers[0, :, :, held:]), pool.kept(buffers[1, :, :, held:]), pool)
+    out = out.to(q.dtype).view(batch, kv_heads, -1, n, head_dim).permute(0, 3, 1, 2, 4)
     return out.reshape(batch, n, heads, head_dim).contiguous(), lse.reshape(batch, heads, n).contiguous()
 
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from amskv_kernels.ops.backends.library import planned, why_not_loaded
 from amskv_kernels.ops.checks import DTYPES, PlannedAttn
 
-__all__ = ["DTYPES", "append", "attn", "prepare_qk", "prepared_attn", "unavailable"]
+__all__ = ["DTYPES", "PAGE_DTYPES", "append", "attn", "prepare_qk", "prepared_attn", "unavailable"]
+
+PAGE_DTYPES = DTYPES
 
 
 def unavailable(device: torch.device, forced: bool) -> str | None:

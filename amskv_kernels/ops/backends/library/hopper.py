@@ -17,7 +17,7 @@ from amskv_kernels.ops.checks import PlannedAttn
 CAPABILITY = (9, 0)  # wgmma exists there and nowhere else
 TESTED = False  # whether a test report from a Hopper GPU is committed; until then it serves only when forced
 
-DTYPES, CHECKS_ITSELF = portable.DTYPES, portable.CHECKS_ITSELF
+DTYPES, PAGE_DTYPES, CHECKS_ITSELF = portable.DTYPES, portable.PAGE_DTYPES, portable.CHECKS_ITSELF
 append = portable.append
 
 

@@ -12,7 +12,7 @@ from amskv_kernels.ops.checks import PlannedAttn
 
 # Compute capabilities on which the library's kernels are the default: those with a test report from a GPU.
 TESTED_CAPABILITIES: frozenset[tuple[int, int]] = frozenset()
-DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = PAGE_DTYPES = (torch.float16, torch.bfloat16)
 CHECKS_ITSELF = True
 
 

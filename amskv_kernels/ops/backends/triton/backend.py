@@ -11,7 +11,19 @@ from torch import Tensor
 
 from amskv_kernels.ops.checks import DTYPES, PlannedAttn
 
-__all__ = ["DTYPES", "append", "attn", "compact", "prepare_qk", "prepared_attn", "unavailable", "window_scores"]
+__all__ = [
+    "DTYPES",
+    "PAGE_DTYPES",
+    "append",
+    "attn",
+    "compact",
+    "prepare_qk",
+    "prepared_attn",
+    "unavailable",
+    "window_scores",
+]
+
+PAGE_DTYPES = DTYPES
 
 
 def unavailable(device: torch.device, forced: bool) -> str | None:
