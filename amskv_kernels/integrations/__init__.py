@@ -27,6 +27,7 @@ def patch(
     observe: Observer | None = None,
     online: bool = False,
     theta: float | None = None,
+    pages: str | None = None,
 ) -> Patch:
     """Patch a model of a public class in place, so that its generations keep only what `policy` keeps.
 
@@ -42,6 +43,8 @@ def patch(
             calibrate.
         online: decide as the generation goes, see `OnlineKVCache`; `policy` must be an `AMSKV.with_capacity(…)`.
         theta: of the online mode; the policy's own unless given.
+        pages: "int8" keeps keys and values in eight bits, half of bf16's bytes and a scale per row; in the dtype that
+            the model attends in unless given.
 
     Returns:
         A handle with `.undo()`, `.plan` and `.cache`, usable in a `with` statement.
@@ -49,13 +52,14 @@ def patch(
     Raises:
         TypeError: a model of no known family, or not laid out or called like the public class: names what differs. A
             policy of another type.
-        ValueError: already patched, a head size that is not supported, or a policy that is not known or does not fit
-            the model. What fits some schedules only, a model of many finds out when a generation begins.
+        ValueError: already patched, a head size or kind of pages that is not supported, or a policy that is not known
+            or does not fit the model. What fits some schedules only, a model of many finds out when a generation
+            begins.
     """
     inner = unwrapped(model)
     family = _family_of(inner)
     modules = family.modules(inner)
-    return family.patch(inner, modules, Caches(policy, len(modules), page_size, online, theta), observe)
+    return family.patch(inner, modules, Caches(policy, len(modules), page_size, online, theta, pages), observe)
 
 
 def unpatch(model: nn.Module) -> None:

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from amskv_kernels.arguments import shown
 from amskv_kernels.cache import OnlineKVCache, PagedKVCache
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.policies import AMSKVCapacity, Policy, parse_policy, read_policy
@@ -26,16 +28,20 @@ class Caches:
         page_size: see `CachePlan.build`.
         online: decide as the generation goes (`OnlineKVCache`).
         theta: of the online mode; the policy's own unless given.
+        pages: "int8", or None for the dtype of the keys.
     """
 
     def __init__(
-        self, policy: PolicyLike, num_layers: int, page_size: int | None, online: bool, theta: float | None
+        self, policy: PolicyLike, num_layers: int, page_size: int | None, online: bool, theta: float | None,
+        pages: str | None,
     ) -> None:  # fmt: skip
+        if pages not in (None, "int8"):
+            raise ValueError(f"pages is {shown(pages)}; it must be 'int8', or None for the model's own dtype")
         if theta is not None and not online:
             raise ValueError(f"theta is {theta}; it means something to online=True alone")
         self._policy_of = _maker(policy, num_layers)
         self._layers, self._page_size = num_layers, page_size
-        self._online, self._theta = online, theta
+        self._online, self._theta, self._eight_bit = online, theta, pages == "int8"
         self._plans: dict[tuple[ScaleSchedule, int], CachePlan] = {}
         self._made_for: object = None
         self.cache: Cache | None = None
@@ -74,7 +80,7 @@ class Caches:
                 "batch": batch,
                 "kv_heads": kv_heads,
                 "head_dim": head_dim,
-                "dtype": k.dtype,
+                "dtype": torch.int8 if self._eight_bit else k.dtype,
                 "device": k.device,
             }
             self.cache = self._made(schedule, sizes) if plan is None else PagedKVCache(plan, **sizes)

@@ -300,6 +300,22 @@ def test_the_online_mode_takes_the_policys_own_theta_and_refuses_others(family):
             family.draw(model)
 
 
+@pytest.mark.parametrize("online", [False, True], ids=["planned", "online"])
+def test_pages_of_eight_bits_change_the_image_little(family, online):
+    model = family.make()
+    expected = family.draw(model)
+    policy = AMSKV.with_capacity(2000, 4000) if online else Full()
+    with patch(model, policy, pages="int8", online=online, theta=-100.0 if online else None) as patched:
+        found = family.draw(model)
+        pool = patched.cache._pool if online else patched.cache.pages
+        assert pool.dtype == torch.int8
+    error = (found - expected).float().square().mean().sqrt()
+    assert 0 < error < 0.02 * expected.float().std(), "eight bits, not none, and not garbage"
+    with pytest.raises(ValueError, match="pages is 'int4'; it must be 'int8', or None for the model's own dtype"):
+        patch(model, Full(), pages="int4")
+    same(model, family, expected)
+
+
 def test_patch_nums_may_be_numpys():
     family = FAMILIES["VAR"]
     model = family.make()
