@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from amskv_kernels.cli import calibrate, console, doctor, fit, plan
+from amskv_kernels.cli import calibrate, console, doctor, evaluate, fit, generate, plan
 from amskv_kernels.version import __version__
 
 DESCRIPTION = """\
@@ -15,6 +15,8 @@ Attention over a planned, paged KV cache for next-scale (VAR) image models.
 start here:
   amskv doctor                                                what this machine can run, and why
   amskv plan --model var-d30 --policy ams-kv:75 --images 64   exact cache memory, before running anything
+  amskv generate                                              images under a policy, of your checkpoint or of the digits
+  amskv evaluate --policies ams-kv:75,sink:2,1                what policies cost in quality, on the same models
   amskv fit --help                                            which policy should I use? measured on your checkpoint
   amskv calibrate --help                                      measure your checkpoint for one policy: a file for it
 """
@@ -40,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"amskv_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for command in (plan, fit, calibrate, doctor):
+    for command in (plan, generate, evaluate, fit, calibrate, doctor):
         command.add(commands)
     return parser
 

@@ -1,9 +1,10 @@
-"""What `amskv fit` measures and draws with: a VAR and its VQ-VAE, or an Infinity stack of random weights."""
+"""What the commands measure and draw with: a VAR and its VQ-VAE, or an Infinity stack of random weights."""
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,13 +14,15 @@ from torch import Tensor
 from amskv_kernels.cache import PagedKVCache
 from amskv_kernels.calibrate import LossRecorder
 from amskv_kernels.models import VAR, VQVAE, ConcatKVCache, Generation
-from amskv_kernels.models.infinity import InfinityStack
+from amskv_kernels.models.infinity import InfinityStack, Text
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.policies import Full, Policy
 from amskv_kernels.schedule import ScaleSchedule
 from amskv_kernels.shapes import ModelShape
 
 PROMPT = 16  # tokens of the random prompts that a random stack is given
+
+Progress = Callable[[int, int], None]  # called with (scales done, scales in all)
 
 
 class Drawn(NamedTuple):
@@ -43,8 +46,13 @@ class Subject(ABC):
         """Draw `images` at once with everything kept while the recorder observes."""
 
     @abstractmethod
-    def draw(self, policy: Policy, images: int, seed: int) -> Drawn:
+    def draw(self, policy: Policy, images: int, seed: int, progress: Progress | None = None) -> Drawn:
         """Draw `images` at once under a policy; the same seed, the same images."""
+
+    @property
+    def images(self) -> int | None:
+        """How many images the user's labels or prompts are for; None where there are none."""
+        return None
 
     def plan(self, policy: Policy) -> CachePlan:
         """The policy's plan."""
@@ -69,35 +77,44 @@ class Checkpoint(Subject):
     var: VAR
     vae: VQVAE
     sampling: dict[str, Any]
+    labels: Tensor | None = None  # (B,); spread over all classes where none are given
 
     @classmethod
-    def of(cls, var: VAR, vae: VQVAE, name: str, sampling: dict[str, Any]) -> Checkpoint:
+    def of(
+        cls, var: VAR, vae: VQVAE, name: str, sampling: dict[str, Any], labels: Tensor | None = None
+    ) -> Checkpoint:  # fmt: skip
         """The subject that a loaded checkpoint is."""
         config = var.config
         shape = ModelShape(name, config.depth, config.num_heads, config.num_heads, config.head_dim, config.schedule)
         weight = var.word_embed.weight
-        return cls(shape, weight.dtype, weight.device, var, vae, sampling)
+        return cls(shape, weight.dtype, weight.device, var, vae, sampling, labels)
+
+    @property
+    def images(self) -> int | None:
+        return None if self.labels is None else len(self.labels)
 
     def watch(self, recorder: LossRecorder, images: int, seed: int) -> None:
         recorder.inner = ConcatKVCache()
         self._generate(recorder, images, seed)
 
-    def draw(self, policy: Policy, images: int, seed: int) -> Drawn:
+    def draw(self, policy: Policy, images: int, seed: int, progress: Progress | None = None) -> Drawn:
         shape = self.shape
         cache = PagedKVCache(
             self.plan(policy), batch=2 * images, kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype=self.dtype,
             device=self.device,
         )  # fmt: skip
         start = self._wait()
-        pictures, tokens = self._generate(cache, images, seed)
+        pictures, tokens = self._generate(cache, images, seed, progress)
         return Drawn(pictures.cpu(), tokens.cpu(), self._wait() - start)
 
-    def _generate(self, attention: Any, images: int, seed: int) -> Generation:
+    def _generate(self, attention: Any, images: int, seed: int, progress: Progress | None = None) -> Generation:
         from amskv_kernels.cli.calibrate import spread_classes
 
-        labels = spread_classes(self.var.config.num_classes, images, seed).to(self.device)
+        labels = spread_classes(self.var.config.num_classes, images, seed) if self.labels is None else self.labels
         rng = torch.Generator(self.device).manual_seed(seed)
-        return self.var.generate(self.vae, labels, attention, generator=rng, **self.sampling)
+        return self.var.generate(
+            self.vae, labels[:images].to(self.device), attention, generator=rng, progress=progress, **self.sampling
+        )
 
 
 @dataclass
@@ -105,32 +122,43 @@ class RandomStack(Subject):
     """An Infinity stack of random weights: what it draws means nothing, but it takes what the real one takes."""
 
     stack: InfinityStack
+    text: Text | None = None  # two sequences a prompt; random ones where none are given
 
     @classmethod
-    def of(cls, stack: InfinityStack, schedule: ScaleSchedule) -> RandomStack:
+    def of(cls, stack: InfinityStack, schedule: ScaleSchedule, text: Text | None = None) -> RandomStack:
         """The subject that a stack is on a schedule."""
         config, weight = stack.config, stack.word_embed.weight
         shape = ModelShape("infinity-stack", config.layers, config.heads, config.heads, config.head_dim, schedule)
-        return cls(shape, weight.dtype, weight.device, stack)
+        return cls(shape, weight.dtype, weight.device, stack, text)
+
+    @property
+    def images(self) -> int | None:
+        return None if self.text is None else (len(self.text[1]) - 1) // 2
 
     def watch(self, recorder: LossRecorder, images: int, seed: int) -> None:
         self._generate(Full(), images, seed, recorder)
 
-    def draw(self, policy: Policy, images: int, seed: int) -> Drawn:
-        return self._generate(policy, images, seed)
+    def draw(self, policy: Policy, images: int, seed: int, progress: Progress | None = None) -> Drawn:
+        return self._generate(policy, images, seed, progress=progress)
 
-    def _generate(self, policy: Policy, images: int, seed: int, recorder: LossRecorder | None = None) -> Drawn:
+    def _generate(
+        self, policy: Policy, images: int, seed: int, recorder: LossRecorder | None = None,
+        progress: Progress | None = None,
+    ) -> Drawn:  # fmt: skip
         from amskv_kernels.integrations import patch
 
-        rng = torch.Generator("cpu").manual_seed(seed)
-        width = self.stack.config.width
-        features = torch.randn(2 * images * PROMPT, width, generator=rng).to(self.device, self.dtype)
-        lengths = torch.arange(0, len(features) + 1, PROMPT, dtype=torch.int32, device=self.device)
+        text = self._prompts(images, seed) if self.text is None else self.text
+        features, lengths, longest = text[0].to(self.device, self.dtype), text[1].to(self.device), text[2]
         with patch(self.stack, policy, observe=recorder.observe if recorder else None):
             start = self._wait()
-            maps = self.stack.generate((features, lengths, PROMPT), self.shape.schedule)[::2].float()
+            maps = self.stack.generate((features, lengths, longest), self.shape.schedule, progress)[::2].float()
             seconds = self._wait() - start
         span = maps.amax((1, 2, 3), keepdim=True) - maps.amin((1, 2, 3), keepdim=True)
         pictures = (maps - maps.amin((1, 2, 3), keepdim=True)) / span
         # Infinity samples signs of its channels.
         return Drawn(pictures[:, :3].cpu(), (maps > 0).flatten(1).cpu(), seconds)
+
+    def _prompts(self, images: int, seed: int) -> Text:
+        rng = torch.Generator("cpu").manual_seed(seed)
+        features = torch.randn(2 * images * PROMPT, self.stack.config.width, generator=rng)
+        return features, torch.arange(0, len(features) + 1, PROMPT, dtype=torch.int32), PROMPT

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from amskv_kernels.cli.arguments import command, default_device, device, output_folder, seed, whole
+from amskv_kernels.cli.arguments import command, output_folder, whole
+from amskv_kernels.cli.comparing import compare, contact_sheet, table
+from amskv_kernels.cli.subjects import add_model, subject_of
 from amskv_kernels.planning.memory import MIB
 
 if TYPE_CHECKING:
-    from amskv_kernels.cli.drawing import Drawn, Subject
+    from amskv_kernels.cli.drawing import Subject
     from amskv_kernels.policies import Losses, Policy
     from amskv_kernels.policies.budgets import Budget
 
 UNITS = {"MiB": 2**20, "GiB": 2**30}
 SHOWN_MEMORY = 8 * 2**30  # bytes that "images that fit" are counted in where no memory is given
-ROUNDING = 1 / (12 * 255**2)  # squared error of rounding to 8 bits: no picture is closer than that, 58.9 dB
-SCHEDULE = "infinity-0.06m-1.000"
 TRIES = 12  # at a budget whose pool, in whole pages, fits the memory
 EPILOG = """\
 for example:
@@ -52,13 +50,7 @@ def percent(text: str) -> float:
 def add(commands: Any) -> None:
     """Add the command to the parser's."""
     fit = command(commands, "fit", "which policy should I use? measure, fit to a memory, draw, compare", EPILOG)
-    fit.add_argument("--var", metavar="FILE", help="var_d*.pth, a checkpoint of the public trainer, or safetensors")
-    fit.add_argument("--vae", metavar="FILE", help="vae_ch160v4096z32.pth, a trainer's checkpoint, or safetensors")
-    fit.add_argument("--model", help="var-d16 … var-d36, where the file must be of that model")
-    fit.add_argument(
-        "--stack", metavar="LAYERS,WIDTH,HEADS", help="in place of --var: an Infinity stack of random weights"
-    )
-    fit.add_argument("--schedule", help=f"of --stack, a published one (default {SCHEDULE})")
+    add_model(fit)
     fit.add_argument("--memory", type=memory, help="for the caches of all images at once, such as 8GiB")
     fit.add_argument("--images", type=whole(1), help="images at once that --memory must hold")
     fit.add_argument("--saved", type=percent, help="in place of both: percent of all tokens saved, as AMS-KV counts")
@@ -67,23 +59,8 @@ def add(commands: Any) -> None:
     fit.add_argument("--measure", type=whole(1), default=16, help="images to measure (default 16)")
     fit.add_argument("--losses", metavar="FILE", help="measured before: a losses.json of this model")
     fit.add_argument("--draw", type=whole(1), default=8, help="images to compare (default 8)")
-    fit.add_argument("--cfg", type=float, default=1.5, help="guidance (default 1.5)")
-    fit.add_argument("--seed", type=seed, default=0, help="of classes and sampling (default 0)")
-    fit.add_argument("--device", type=device, help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     fit.add_argument("--out", type=output_folder, default=Path("fit-out"), help="folder to write to (default fit-out)")
     fit.set_defaults(run=run)
-
-
-class Row(NamedTuple):
-    """A policy and what it drew."""
-
-    name: str
-    policy: Policy
-    mib: float  # of one image
-    fits: int
-    drawn: Drawn
-    psnr: float
-    same: float
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -91,19 +68,20 @@ def run(arguments: argparse.Namespace) -> int:
     from amskv_kernels.policies import LeastLoss
 
     _check(arguments)
-    subject = _subject(arguments)
+    subject = subject_of(arguments)
     losses = _losses(arguments, subject)
     budget = _budget(arguments, subject, losses)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    rows = list(_rows(arguments, subject, losses, budget))
-    print(_table(rows, arguments.memory or SHOWN_MEMORY))
+    policies = _policies(arguments, subject, losses, budget)
+    rows = list(compare(subject, policies, arguments.draw, arguments.seed))
+    print(table(rows, arguments.memory or SHOWN_MEMORY))
     best = max((row for row in rows if isinstance(row.policy, LeastLoss)), key=lambda row: row.psnr)
     assert isinstance(best.policy, LeastLoss)
     best.policy.lifetimes().save(arguments.out / "policy.json")
     fit = best.policy.fit
     print(f"\nfitted    {best.name}: expected loss {fit.loss:.4g}, at most {fit.gap:.1%} above the least possible")
     print(f"written   {arguments.out / 'policy.json'}  --policy lifetimes@{arguments.out / 'policy.json'}")
-    if _contact_sheet(rows, arguments.out / "contact-sheet.png"):
+    if contact_sheet({row.name: row.drawn.images for row in rows}, arguments.out / "contact-sheet.png"):
         print(f"pictures  {arguments.out / 'contact-sheet.png'}")
     return 0
 
@@ -112,33 +90,9 @@ def _check(arguments: argparse.Namespace) -> None:
     """ValueError for arguments that do not go together."""
     if (arguments.stack is None) == (arguments.var is None or arguments.vae is None):
         raise ValueError("give --var and --vae, or --stack")
-    if arguments.stack is None and arguments.schedule is not None:
-        raise ValueError("--schedule is of --stack; a checkpoint has its own")
     ways = (arguments.memory is not None and arguments.images is not None, arguments.saved, arguments.kept)
     if sum(bool(way) for way in ways) != 1 or (arguments.images is not None and not ways[0]):
         raise ValueError("give --memory with --images, or --saved, or --kept: what the caches may take")
-
-
-def _subject(arguments: argparse.Namespace) -> Subject:
-    import torch
-
-    from amskv_kernels.cli.drawing import Checkpoint, RandomStack
-    from amskv_kernels.models import checkpoint
-    from amskv_kernels.models.infinity import InfinityConfig, InfinityStack
-    from amskv_kernels.schedule import ScaleSchedule
-
-    where = arguments.device or default_device()
-    if arguments.stack is None:
-        var, vae = checkpoint.load(arguments.var, arguments.vae, arguments.model, where)
-        sampling = {"cfg": arguments.cfg, "top_k": min(900, var.config.vocab_size), "top_p": 0.96}
-        return Checkpoint.of(var, vae, arguments.model or Path(arguments.var).stem, sampling)
-    if not re.fullmatch(r"[0-9]{1,4},[0-9]{1,5},[0-9]{1,4}", arguments.stack):
-        raise ValueError(f"--stack is {arguments.stack!r}; it must be LAYERS,WIDTH,HEADS, such as 4,256,4")
-    schedule = ScaleSchedule.named(arguments.schedule or SCHEDULE)
-    layers, width, heads = map(int, arguments.stack.split(","))
-    torch.manual_seed(arguments.seed)
-    stack = InfinityStack(InfinityConfig(layers, width, heads, chunks=1)).to(where).eval().requires_grad_(False)
-    return RandomStack.of(stack, schedule)
 
 
 def _losses(arguments: argparse.Namespace, subject: Subject) -> Losses:
@@ -198,10 +152,8 @@ def _element(subject: Subject) -> int:
     return int(subject.dtype.itemsize)
 
 
-def _rows(arguments: argparse.Namespace, subject: Subject, losses: Losses, budget: Budget) -> Iterator[Row]:
-    """The full cache and the policies that fit, the same images under each."""
-    from tqdm import tqdm
-
+def _policies(arguments: argparse.Namespace, subject: Subject, losses: Losses, budget: Budget) -> dict[str, Policy]:
+    """The full cache and the policies that fit."""
     from amskv_kernels.policies import AMSKV, Full, LeastLoss
 
     shape = subject.shape
@@ -211,43 +163,4 @@ def _rows(arguments: argparse.Namespace, subject: Subject, losses: Losses, budge
         _ = fitted.fit  # a budget that is too small is told before anything is drawn
     with suppress(ValueError):  # too small for its condensed scales
         policies["AMS-KV"] = AMSKV.for_budget(shape.schedule, shape.layers, budget, losses=losses)
-    full: Drawn | None = None
-    for name, policy in tqdm(policies.items(), desc="drawing", unit="policy", disable=None):
-        plan = subject.plan(policy)
-        drawn = subject.draw(policy, arguments.draw, arguments.seed)
-        full = full or drawn
-        error = (drawn.images - full.images).square().flatten(1).mean(1).clamp_min(ROUNDING)
-        psnr = math.inf if drawn is full else float(-10 * error.log10().mean())
-        mib = subject.image_bytes(plan) / MIB
-        fits = int((arguments.memory or SHOWN_MEMORY) / MIB / mib) if mib else 0
-        yield Row(name, policy, mib, fits, drawn, psnr, float((drawn.tokens == full.tokens).float().mean()))
-
-
-def _table(rows: list[Row], memory: int) -> str:
-    """What a person decides by."""
-    room = f"{memory / 2**30:g} GiB" if memory >= 2**30 else f"{memory / MIB:g} MiB"
-    header = ("policy", "MiB / image", f"images in {room}", "PSNR", "equal tokens", "s / image")
-    lines = [
-        (
-            row.name, f"{row.mib:.2f}", f"{row.fits}", "identical" if math.isinf(row.psnr) else f"{row.psnr:.2f} dB",
-            f"{row.same:.1%}", f"{row.drawn.seconds / len(row.drawn.images):.3f}",
-        )
-        for row in rows
-    ]  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    shape = f"{{:<{widths[0]}}}" + "".join(f"  {{:>{width}}}" for width in widths[1:])
-    return "\n".join(shape.format(*line) for line in (header, *lines))
-
-
-def _contact_sheet(rows: list[Row], path: Path) -> bool:
-    """The first images, one strip a policy; False where there is no matplotlib to draw with."""
-    import torch
-
-    from amskv_kernels.cli import plots
-
-    strips = [torch.cat(list(row.drawn.images[:12]), dim=2).permute(1, 2, 0).clamp(0, 1).numpy() for row in rows]
-    try:
-        plots.strips(dict(zip((row.name for row in rows), strips, strict=True)), path)
-    except RuntimeError:
-        return False
-    return True
+    return policies

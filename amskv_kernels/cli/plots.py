@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -154,3 +155,24 @@ def strips(pictures: Mapping[str, Any], path: str | Path) -> None:
         axis.set_xticks([])
         axis.set_yticks([])
     save(figure, path)
+
+
+def image(picture: Any, path: str | Path) -> None:
+    """One picture (h, w, 3) in [0, 1], pixel by pixel, as PNG."""
+    _figure()
+    from matplotlib.image import imsave
+
+    with replacing(path) as beside:
+        imsave(beside, picture, format="png")
+
+
+def grid(pictures: Sequence[Any], path: str | Path) -> None:
+    """A contact sheet of pictures (h, w, 3) in [0, 1], as square as their number allows."""
+    height, width = pictures[0].shape[:2]
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = -(-len(pictures) // columns)
+    sheet = np.ones((rows * height, columns * width, 3), dtype=np.float32)
+    for number, picture in enumerate(pictures):
+        row, column = divmod(number, columns)
+        sheet[row * height : (row + 1) * height, column * width : (column + 1) * width] = picture
+    image(sheet, path)

@@ -9,6 +9,7 @@ and bitwise sampling are left out: what the last layer gives at one scale become
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -240,12 +241,15 @@ class InfinityStack(nn.Module):
         self.head = nn.Linear(config.width, config.code_width)
 
     @torch.no_grad()
-    def generate(self, text: Text, schedule: ScaleSchedule) -> Tensor:
+    def generate(
+        self, text: Text, schedule: ScaleSchedule, progress: Callable[[int, int], None] | None = None
+    ) -> Tensor:  # fmt: skip
         """Draw one map per scale for each prompt; a sequence each, guidance left to the caller.
 
         Args:
             text: features (N, C) of all prompts back to back, cumulative lengths (B + 1) int32, the longest.
             schedule: any published one, square or not.
+            progress: called with (scales done, scales in all) after each step.
 
         Returns:
             (B, code_width, h, w) of the last scale.
@@ -268,6 +272,8 @@ class InfinityStack(nn.Module):
             if scale + 1 < len(schedule):
                 coming = F.interpolate(total, size=schedule.sizes[scale + 1], mode="area")
                 x = self.word_embed(coming.flatten(2).transpose(1, 2))
+            if progress is not None:
+                progress(scale + 1, len(schedule))
         self.kv_caching(False)
         return total
 

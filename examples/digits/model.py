@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from amskv_kernels.cli.subjects import DIGITS_SAMPLING
 from amskv_kernels.models import VAR, VQVAE, VARConfig, VQVAEConfig, checkpoint
 from amskv_kernels.schedule import ScaleSchedule
 
@@ -20,7 +21,7 @@ VAR_SIZES: dict[str, Any] = {
     "depth": 8, "embed_dim": 128, "num_heads": 2, "vocab_size": 256, "z_channels": 8, "num_classes": 10,
     "shared_adaln": True,
 }  # fmt: skip
-SAMPLING: dict[str, Any] = {"cfg": 3.0, "top_k": 64, "top_p": 0.95}  # arguments of VAR.generate that suit this model
+SAMPLING = DIGITS_SAMPLING  # arguments of VAR.generate that suit this model
 
 
 def build(vqvae_sizes: dict[str, Any] | None = None, var_sizes: dict[str, Any] | None = None) -> tuple[VAR, VQVAE]:

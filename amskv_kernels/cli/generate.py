@@ -1,0 +1,83 @@
+"""`amskv generate`: images of a checkpoint under a policy, with what they took."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from amskv_kernels.cli.arguments import command, output_folder
+from amskv_kernels.cli.subjects import add_drawing, add_model, subject_of
+from amskv_kernels.planning.memory import MIB, STOCK_PAIR_BYTES
+
+if TYPE_CHECKING:
+    from amskv_kernels.cli.drawing import Subject
+
+IMAGES = 8
+EPILOG = """\
+for example:
+  amskv generate                                   the digits of this project, in a clone of it
+  amskv generate --var var_d16.pth --vae vae_ch160v4096z32.pth --labels 207,980,88 --policy ams-kv:75
+
+writes to --out: 0000.png …, contact-sheet.png, generation.json
+
+next: amskv evaluate --policies ams-kv:75,sink:2,1 draws the same images under several policies and compares them
+"""
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser's."""
+    generate = command(commands, "generate", "draw images of a checkpoint under a policy", EPILOG)
+    add_model(generate)
+    add_drawing(generate)
+    generate.add_argument("--policy", default="full", help="as `amskv plan` takes it, such as ams-kv:75 (default full)")
+    generate.add_argument(
+        "--out", type=output_folder, default=Path("images"), help="folder to write to (default images)"
+    )
+    generate.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draw and write."""
+    from tqdm import tqdm
+
+    from amskv_kernels.cli import plots
+    from amskv_kernels.files import write_json
+    from amskv_kernels.policies import parse_policy
+
+    plots.picture_path(str(arguments.out / "contact-sheet.png"))  # no matplotlib, no pictures: told before drawing
+    subject = subject_of(arguments)
+    policy = parse_policy(arguments.policy, subject.shape.schedule, subject.shape.layers)
+    images = count_of(arguments, subject)
+    pool = images * subject.image_bytes(subject.plan(policy))
+    with tqdm(total=len(subject.shape.schedule), desc="drawing", unit="scale", disable=None) as bar:
+        drawn = subject.draw(policy, images, arguments.seed, lambda *_: bar.update() and None)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    pictures = list(drawn.images.permute(0, 2, 3, 1).clamp(0, 1).numpy())
+    for number, picture in enumerate(pictures):
+        plots.image(picture, arguments.out / f"{number:04}.png")
+    plots.grid(pictures, arguments.out / "contact-sheet.png")
+    shape = subject.shape
+    token = 2 * images * shape.layers * shape.kv_heads * shape.head_dim
+    stock = token * shape.schedule.total * STOCK_PAIR_BYTES
+    result = {
+        "model": shape.name, "policy": arguments.policy, "images": images, "seed": arguments.seed,
+        "seconds": round(drawn.seconds, 3), "pool_bytes": round(pool), "stock_bytes": stock,
+    }  # fmt: skip
+    write_json(arguments.out / "generation.json", result)
+    height, width = drawn.images.shape[2:]
+    print(f"drawn     {images} of {width}×{height} in {drawn.seconds:.2f} s, {drawn.seconds / images:.3f} s each")
+    print(f"cache     {pool / MIB:.2f} MiB under {arguments.policy}; stock code's {stock / MIB:.2f} MiB at 16 bit")
+    print(f"pictures  {arguments.out / 'contact-sheet.png'}, 0000.png … beside it")
+    return 0
+
+
+def count_of(arguments: argparse.Namespace, subject: Subject) -> int:
+    """How many images to draw.
+
+    Raises:
+        ValueError: --images beside labels or prompts.
+    """
+    if subject.images is not None and arguments.images is not None:
+        raise ValueError("--images counts images of classes spread over all; labels and prompts are one image each")
+    return subject.images or arguments.images or IMAGES
