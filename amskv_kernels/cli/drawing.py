@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -35,11 +35,12 @@ class Drawn(NamedTuple):
 
 @dataclass
 class Subject(ABC):
-    """A model to fit a policy to."""
+    """A model to fit a policy to; its pages hold eight bits where `eight_bit`, else its own dtype."""
 
     shape: ModelShape
     dtype: torch.dtype
     device: torch.device
+    eight_bit: bool = field(default=False, kw_only=True)
 
     @abstractmethod
     def watch(self, recorder: LossRecorder, images: int, seed: int) -> None:
@@ -59,10 +60,10 @@ class Subject(ABC):
         return CachePlan.build(self.shape.schedule, policy, self.shape.layers, kv_heads=self.shape.kv_heads)
 
     def image_bytes(self, plan: CachePlan) -> float:
-        """Bytes of the pool per image, two sequences each."""
-        element = torch.empty(0, dtype=self.dtype).element_size()
+        """Bytes of the pool per image, two sequences each; rows of eight bits have a scale in fp32."""
+        row = self.shape.head_dim + 4 if self.eight_bit else self.shape.head_dim * self.dtype.itemsize
         rows = 2 * self.shape.kv_heads * plan.allocated_tokens / plan.heads
-        return rows * 2 * self.shape.head_dim * element
+        return rows * 2 * row
 
     def _wait(self) -> float:
         if self.device.type == "cuda":
@@ -100,8 +101,8 @@ class Checkpoint(Subject):
     def draw(self, policy: Policy, images: int, seed: int, progress: Progress | None = None) -> Drawn:
         shape = self.shape
         cache = PagedKVCache(
-            self.plan(policy), batch=2 * images, kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype=self.dtype,
-            device=self.device,
+            self.plan(policy), batch=2 * images, kv_heads=shape.kv_heads, head_dim=shape.head_dim,
+            dtype=torch.int8 if self.eight_bit else self.dtype, device=self.device,
         )  # fmt: skip
         start = self._wait()
         pictures, tokens = self._generate(cache, images, seed, progress)
@@ -149,7 +150,8 @@ class RandomStack(Subject):
 
         text = self._prompts(images, seed) if self.text is None else self.text
         features, lengths, longest = text[0].to(self.device, self.dtype), text[1].to(self.device), text[2]
-        with patch(self.stack, policy, observe=recorder.observe if recorder else None):
+        observe, pages = recorder.observe if recorder else None, "int8" if self.eight_bit else None
+        with patch(self.stack, policy, observe=observe, pages=pages):
             start = self._wait()
             maps = self.stack.generate((features, lengths, longest), self.shape.schedule, progress)[::2].float()
             seconds = self._wait() - start

@@ -49,6 +49,10 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", help="classes such as 3,207,207 (default: spread over all)")
     parser.add_argument("--images", type=whole(1), help="how many, where no labels are given (default 8)")
     parser.add_argument("--prompt-features", metavar="FILE", help="of --family infinity: a .pt of one (n, C) a prompt")
+    parser.add_argument(
+        "--pages", choices=("model", "int8"), default="model",
+        help="int8: eight bits and a scale per row, in place of the model's own dtype",
+    )  # fmt: skip
     parser.add_argument("--top-k", type=whole(0), help="0 for no limit (default 900; digits 64)")
     parser.add_argument("--top-p", type=float, help="0 for no limit (default 0.96; digits 0.95)")
 
@@ -59,6 +63,12 @@ def subject_of(arguments: argparse.Namespace) -> Subject:
     Raises:
         ValueError: they name none, or do not go together.
     """
+    subject = _subject(arguments)
+    subject.eight_bit = getattr(arguments, "pages", "model") == "int8"
+    return subject
+
+
+def _subject(arguments: argparse.Namespace) -> Subject:
     where = arguments.device or default_device()
     if arguments.stack is not None or getattr(arguments, "family", "var") == "infinity":
         return _stack(arguments, where)

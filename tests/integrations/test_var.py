@@ -28,7 +28,9 @@ def model(request, clone):
 
 def _public_class(repository):
     hub = ModuleType("huggingface_hub")  # of which the public class takes the base of another class
-    hub.PyTorchModelHubMixin = type("PyTorchModelHubMixin", (), {"__init_subclass__": lambda **_: None})
+    hub.PyTorchModelHubMixin = type(
+        "PyTorchModelHubMixin", (), {"__init_subclass__": classmethod(lambda *_, **__: None)}
+    )
     sys.modules.setdefault("huggingface_hub", hub)
     sys.path.insert(0, repository)
     try:
