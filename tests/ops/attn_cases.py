@@ -128,15 +128,17 @@ SPOILT = {
     "a score of -inf": lambda q, k, v: (_set(q, EVERY, 1.0), _set(k, FIRST, -INF), v),
     "inf in a value": lambda q, k, v: (q, k, _set(v, FIRST, INF)),
     "every score -inf": lambda q, k, v: (_set(q, EVERY, 1.0), _set(k, EVERY, -INF), v),
+    "every score of a query -inf": lambda q, k, v: (_set(q, FIRST, -INF), _set(k, EVERY, 1.0), v),
 }
+OF_HISTORY = {"every score -inf": -INF, "every score of a query -inf": 1.0}  # what its keys hold there too
 
 
 def spoilt(args: tuple, what: str) -> tuple:
-    """The same call with values that are no numbers; where every score is to be −inf, those of history too."""
+    """The same call with values that are no numbers."""
     q, k, v = SPOILT[what](*args[:3])
     pages = args[3].clone()
-    if what == "every score -inf":
-        pages[:, 0, :, 5] = torch.where(pages[:, 0, :, 5].isnan(), torch.nan, -torch.inf).to(pages.dtype)
+    if what in OF_HISTORY:
+        pages[:, 0, :, 5] = torch.where(pages[:, 0, :, 5].isnan(), NAN, OF_HISTORY[what]).to(pages.dtype)
     return (q, k, v, pages, *args[4:])
 
 
