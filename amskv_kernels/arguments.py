@@ -69,7 +69,7 @@ def check_device(name: str, device: torch.device | str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name} is {str(device)!r}; this torch cannot use it: {reason}") from error
+        raise ValueError(f"{name} is {shown(str(device))}; this torch cannot use it: {reason}") from error
 
 
 def check_index(name: str, value: object, count: int) -> None:

@@ -20,6 +20,7 @@ T = TypeVar("T")
 LARGEST_JSON = 1 << 26  # bytes; a checkpoint given in place of a measurement is refused unread
 # What a parser raises for content that is not what it expects.
 MISTAKES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+LONGEST_NAME = 200  # letters of a file's name in an error message
 
 
 def parse_json(text: str) -> Any:
@@ -65,7 +66,7 @@ def read_json(path: str | Path, kind: str) -> Any:
             raise ValueError(f"it goes on after {LARGEST_JSON} bytes; such a file has no more")
         return parse_json(content.decode("utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{kind} {path} cannot be read: {reason(error)}") from error
+        raise ValueError(f"{kind} {_named(path)} cannot be read: {reason(error)}") from error
 
 
 def read_fields(path: str | Path, kind: str, expected: str, parse: Callable[[dict[str, Any]], T]) -> T:
@@ -77,11 +78,17 @@ def read_fields(path: str | Path, kind: str, expected: str, parse: Callable[[dic
     raw = read_json(path, kind)
     if not isinstance(raw, dict) or raw.get("format") != expected:
         found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-        raise ValueError(f"{kind} {path} has format {_short(repr(found))}; it must be {expected!r}")
+        raise ValueError(f"{kind} {_named(path)} has format {_short(repr(found))}; it must be {expected!r}")
     try:
         return parse(raw)
     except MISTAKES as error:
-        raise ValueError(f"{kind} {path} is corrupt: {reason(error)}") from error
+        raise ValueError(f"{kind} {_named(path)} is corrupt: {reason(error)}") from error
+
+
+def _named(path: str | Path) -> str:
+    """The file's name as an error message shows it."""
+    text = str(path)
+    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME // 2]}…{text[-LONGEST_NAME // 2 :]}"
 
 
 def reason(error: BaseException) -> str:
@@ -161,23 +168,39 @@ def check_writable(path: str | Path) -> None:
     Folders that are missing are made when the file is.
     """
     text = str(path)
-    shown = repr(text if len(text) <= 80 else f"{text[:40]}…{text[-20:]}")
     if not Path(path).name or text.endswith("/"):
-        raise ValueError(f"{shown} is {'a directory' if text else 'empty'}; it must name a file")
+        raise ValueError(f"{_named(path)!r} is {'a directory' if text else 'empty'}; it must name a file")
     target = Path(os.path.realpath(path))
     try:
         if target.is_dir():
-            raise ValueError(f"{shown} is a directory; it must name a file")
-        if _exists(target) and not target.is_file():
-            return
-        folder = next(folder for folder in target.parents if _exists(folder))
-        for part in target.relative_to(folder).parts:  # each of a length that the file system takes
-            _exists(folder / part)
-        beside = _beside(target, folder)
-        beside.touch()
-        beside.unlink()
+            raise ValueError(f"{_named(path)!r} is a directory; it must name a file")
+        if not _exists(target) or target.is_file():
+            _try_to_write(target)
     except OSError as error:
-        raise ValueError(f"{shown} cannot be written: {reason(error)}") from error
+        raise ValueError(f"{_named(path)!r} cannot be written: {reason(error)}") from error
+
+
+def check_folder(path: str | Path) -> None:
+    """Raise ValueError where no files can be written to a folder `path`, which is made when they are."""
+    if not str(path):
+        raise ValueError("'' is empty; it must name a folder")
+    target = Path(os.path.realpath(path))
+    try:
+        if _exists(target) and not target.is_dir():
+            raise ValueError(f"{_named(path)!r} is no directory; it must name a folder")
+        _try_to_write(target / "file")
+    except OSError as error:
+        raise ValueError(f"{_named(path)!r} cannot be written to: {reason(error)}") from error
+
+
+def _try_to_write(target: Path) -> None:
+    """Write a file into the innermost of the target's folders that is there, and remove it; errors are the system's."""
+    folder = next(folder for folder in target.parents if _exists(folder))
+    for part in target.relative_to(folder).parts:  # each of a length that the file system takes
+        _exists(folder / part)
+    beside = _beside(target, folder)
+    beside.touch()
+    beside.unlink()
 
 
 def finite_number(name: str, raw: object) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from amskv_kernels.arguments import shown
 from amskv_kernels.schedule import ScaleSchedule
 
 
@@ -26,7 +27,7 @@ class ModelShape:
             ValueError: no model, or no schedule, of that name.
         """
         if name not in _MODELS:
-            raise ValueError(f"model {name!r} is not known; known: {', '.join(_MODELS)}")
+            raise ValueError(f"model {shown(name)} is not known; known: {', '.join(_MODELS)}")
         layers, heads, head_dim, default = _MODELS[name]
         return cls(name, layers, heads, heads, head_dim, ScaleSchedule.named(schedule or default))
 

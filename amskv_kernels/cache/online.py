@@ -130,9 +130,7 @@ class OnlineKVCache:
         scale, expected = divmod(self._calls, self.num_layers)
         if scale == len(self.schedule):
             raise ValueError(f"all {scale} steps of schedule {self.schedule.name} are done; call reset()")
-        if layer != expected:
-            whole_number("layer", layer, 0)
-        if layer != expected or k.shape[:2] != (self.batch, self.schedule.tokens[scale]):
+        if whole_number("layer", layer, 0) != expected or k.shape[:2] != (self.batch, self.schedule.tokens[scale]):
             raise ValueError(
                 f"layer is {layer} with k of shape {tuple(k.shape)}; the next call is layer {expected} of step "
                 f"{scale}, {self.batch} sequences of {self.schedule.tokens[scale]} tokens"

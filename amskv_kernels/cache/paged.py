@@ -108,8 +108,8 @@ class PagedKVCache:
             ValueError: another layer than that of the coming call, or x or weight of another shape.
         """
         if self._selector is not None:
-            if layer != self.layer:
-                raise ValueError(f"layer is {layer!r}; the next call is layer {self.layer} of step {self.step}")
+            if whole_number("layer", layer, 0) != self.layer:
+                raise ValueError(f"layer is {layer}; the next call is layer {self.layer} of step {self.step}")
             self._selector.prepare(self.step, layer, x, weight)
 
     def attend(
@@ -135,7 +135,8 @@ class PagedKVCache:
         """
         check_qkv(q, k, v)
         call = self._calls
-        if call == len(self._turns) or self._turns[call] != (layer, *q.shape[:2]):
+        # By type as well: True is equal to 1, and 1.0 too.
+        if type(layer) is not int or call == len(self._turns) or self._turns[call] != (layer, *q.shape[:2]):
             self._check_turn(self.step, layer, q)
         refuse_gradients(q, k, v)
         scale = self._default_scale if softmax_scale is None else real_number("softmax_scale", softmax_scale)
@@ -168,8 +169,7 @@ class PagedKVCache:
         schedule = self.plan.schedule
         if step == len(schedule):
             raise ValueError(f"all {step} steps of schedule {schedule.name} are done; call reset() to start again")
-        if layer != self.layer:
-            whole_number("layer", layer, 0)
+        if whole_number("layer", layer, 0) != self.layer:
             raise ValueError(f"layer is {layer}; the plan's next call is layer {self.layer} of step {step}")
         if q.dim() == 4 and q.shape[0] != self.batch:
             raise ValueError(f"q has batch {q.shape[0]}; this cache was made for {self.batch} sequences")

@@ -52,7 +52,7 @@ class Recorder:
     def _turn(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> int:
         """The step of a call, whose arguments are those of `observe`; nothing has been recorded yet."""
         step, expected = divmod(self._calls, self.num_layers)
-        if layer != expected:
+        if whole_number("layer", layer, 0) != expected:
             raise ValueError(f"layer is {layer}; the next call is layer {expected} of step {step}")
         tokens = self.schedule.tokens[step]
         for name, tensor, like in (("q", q, q), ("k", k, q), ("v", v, k)):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amskv_kernels.files import check_writable
+from amskv_kernels.files import check_folder, check_writable
 
 if TYPE_CHECKING:
     from amskv_kernels.schedule import ScaleSchedule
@@ -49,7 +49,10 @@ def output_file(text: str) -> Path:
 
 def output_folder(text: str) -> Path:
     """A folder that files can be written to."""
-    output_file(str(Path(text) / "file"))
+    try:
+        check_folder(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return Path(text)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amskv_kernels.arguments import shown
+from amskv_kernels.arguments import instance_of, shown
 from amskv_kernels.cache import OnlineKVCache, PagedKVCache
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.policies import AMSKVCapacity, Policy, parse_policy, read_policy
@@ -37,6 +37,7 @@ class Caches:
     ) -> None:  # fmt: skip
         if pages not in (None, "int8"):
             raise ValueError(f"pages is {shown(pages)}; it must be 'int8', or None for the model's own dtype")
+        instance_of("online", online, bool)
         if theta is not None and not online:
             raise ValueError(f"theta is {theta}; it means something to online=True alone")
         self._policy_of = _maker(policy, num_layers)
@@ -108,7 +109,7 @@ def _maker(policy: PolicyLike, num_layers: int) -> Callable[[ScaleSchedule], Pol
     if isinstance(policy, str):
         make = read_policy(policy)
         return lambda schedule: make(schedule, num_layers)
-    if not callable(policy):
+    if isinstance(policy, type) or not callable(policy):  # a class, Full for Full(), is a function of something else
         raise TypeError(f"policy is {policy!r}; it must be a Policy, a string or a function of the schedule")
 
     def made(schedule: ScaleSchedule) -> Policy:

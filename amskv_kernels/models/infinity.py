@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from amskv_kernels.arguments import shown
 from amskv_kernels.models.rope import rope2d_tables
 from amskv_kernels.schedule import ScaleSchedule
 
@@ -62,7 +63,7 @@ class InfinityConfig:
             ValueError: no model of that name.
         """
         if name not in _SIZES:
-            raise ValueError(f"model {name!r} is not a released one; known: {', '.join(_SIZES)}")
+            raise ValueError(f"model {shown(name)} is not a released one; known: {', '.join(_SIZES)}")
         return cls(*_SIZES[name])
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from amskv_kernels.arguments import shown
 from amskv_kernels.models.attention import Attention
 from amskv_kernels.models.vqvae import VQVAE, CheckedModule
 from amskv_kernels.schedule import ScaleSchedule
@@ -64,7 +65,7 @@ class VARConfig:
         """
         known = {f"var-d{depth}": depth for depth in _DEPTHS}
         if name not in known:
-            raise ValueError(f"model {name!r} is not a released one; known: {', '.join(known)}")
+            raise ValueError(f"model {shown(name)} is not a released one; known: {', '.join(known)}")
         depth = known[name]
         schedule = ScaleSchedule.named("var-512" if depth == 36 else "var-256")
         return cls(schedule, depth, 64 * depth, depth, shared_adaln=depth == 36)

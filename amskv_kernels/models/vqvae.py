@@ -27,13 +27,14 @@ def _some(keys: list[str]) -> str:
 
 
 class CheckedModule(nn.Module):
-    """A module whose strict load compares names and shapes first, so that a wrong checkpoint changes nothing."""
+    """A module whose strict load compares names, shapes and dtypes first: a wrong checkpoint changes nothing."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Copy `state_dict` into the module; arguments as in `torch.nn.Module.load_state_dict`.
 
         Raises:
-            ValueError: `strict`, and a key is missing, unknown, or of the wrong shape. Nothing was modified.
+            ValueError: `strict`, and a key is missing, unknown, of the wrong shape, or of integers where real numbers
+                belong, which would be cut off. Nothing was modified.
         """
         if strict:
             own = self.state_dict()
@@ -44,8 +45,13 @@ class CheckedModule(nn.Module):
                 for key, value in own.items()
                 if key in state_dict and state_dict[key].shape != value.shape
             ]
-            faults = [("missing", missing), ("unknown", unknown), ("wrong shape", wrong)]
-            if missing or unknown or wrong:
+            other = [
+                f"{key} is {state_dict[key].dtype} and must be {value.dtype}"
+                for key, value in own.items()
+                if key in state_dict and state_dict[key].is_floating_point() != value.is_floating_point()
+            ]
+            faults = [("missing", missing), ("unknown", unknown), ("wrong shape", wrong), ("wrong dtype", other)]
+            if missing or unknown or wrong or other:
                 told = "; ".join(f"{what}: {_some(keys)}" for what, keys in faults if keys)
                 raise ValueError(f"state_dict does not fit this {type(self).__name__}: {told}")
         return super().load_state_dict(state_dict, strict=strict, assign=assign)

@@ -101,11 +101,12 @@ def prepare_qk(
         q (B, n, H, D) and k (B, n, Hkv, D), contiguous, qkv's dtype. v needs nothing: slice it.
 
     Raises:
-        TypeError: a wrong dtype. ValueError: a wrong device, shape, stride or head count.
+        TypeError: a wrong dtype or type. ValueError: a wrong device, shape, stride or head count.
     """
     given = {"q_scale": q_scale, "cos": cos, "sin": sin}
     check_tensors(qkv=qkv, **{name: table for name, table in given.items() if table is not None})
     whole_number("kv_heads", kv_heads, 1)
+    instance_of("l2norm", l2norm, bool)
     real_number("eps", eps)
     return torch.ops.amskv.prepare_qk.default(qkv, kv_heads, q_scale, cos, sin, l2norm, eps)
 

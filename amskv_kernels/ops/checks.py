@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from amskv_kernels.arguments import instance_of, one_of, whole_number
+from amskv_kernels.arguments import instance_of, one_of, shown, whole_number
 from amskv_kernels.planning.layout import HEAD_DIMS, PAGE_SIZES
 
 SCORE_MODES = ("softmax", "sum_logits")
@@ -93,13 +93,15 @@ def check_pool(
     whole_number("kv_heads", kv_heads, 1)
     one_of("head_dim", head_dim, HEAD_DIMS)
     if not isinstance(dtype, torch.dtype) or dtype not in PAGE_DTYPES:
-        raise TypeError(f"dtype is {dtype!r}; it must be one of {', '.join(str(d) for d in PAGE_DTYPES)}")
+        raise TypeError(f"dtype is {shown(dtype)}; it must be one of {', '.join(str(d) for d in PAGE_DTYPES)}")
     if not isinstance(device, (torch.device, str)):
-        raise TypeError(f"device is {device!r}; it must be a torch.device or a string such as 'cuda:0'")
+        raise TypeError(f"device is {shown(device)}; it must be a torch.device or a string such as 'cuda:0'")
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device is {device!r}; it must be one that torch knows, such as 'cpu' or 'cuda:0'") from error
+        raise ValueError(
+            f"device is {shown(device)}; it must be one that torch knows, such as 'cpu' or 'cuda:0'"
+        ) from error
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device is {found}; it must be one of the {torch.cuda.device_count()} that torch sees")
 
@@ -179,7 +181,7 @@ def check_window_scores(
     _check_slots("read_slots", read_slots, k)
     _check_scale(softmax_scale)
     if mode not in SCORE_MODES:
-        raise ValueError(f"mode is {mode!r}; it must be one of {SCORE_MODES}")
+        raise ValueError(f"mode is {shown(mode)}; it must be one of {SCORE_MODES}")
 
 
 def check_compact(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from amskv_kernels.arguments import instance_of, shown
 from amskv_kernels.ops.backends import torch as torch_backend
 from amskv_kernels.ops.backends.library import cpu, hopper, portable
 from amskv_kernels.ops.backends.triton import backend as triton_backend
@@ -68,7 +69,7 @@ def backend(name: str) -> _Setting:
         ValueError: no backend of that name.
     """
     if not isinstance(name, str) or (name != "auto" and name not in BACKENDS):
-        raise ValueError(f"backend {name!r} is not known; known: auto, {', '.join(BACKENDS)}")
+        raise ValueError(f"backend {shown(name)} is not known; known: auto, {', '.join(BACKENDS)}")
     return _Setting(backend=name)
 
 
@@ -76,8 +77,12 @@ def debug(on: bool = True) -> _Setting:
     """Check slot tables on the device at every call of this thread or task, so that a bad one raises, never faults.
 
     Waits for the device each time. On the CPU the tables of raw op calls are always checked.
+
+    Raises:
+        TypeError: `on` is neither True nor False.
     """
-    return _Setting(debug=bool(on))
+    instance_of("on", on, bool)
+    return _Setting(debug=on)
 
 
 def choose(

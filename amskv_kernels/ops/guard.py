@@ -13,7 +13,14 @@ from amskv_kernels.ops.checks import refuse_gradients
 
 _KEY = torch._C.DispatchKey
 _EXCLUDED = torch._C.DispatchKeySet(_KEY.AutogradFunctionality)
-for _key in (_KEY.AutogradOther, _KEY.AutogradNestedTensor, _KEY.AutocastCPU, _KEY.AutocastCUDA):
+for _key in (
+    _KEY.AutogradOther,
+    _KEY.AutogradNestedTensor,
+    _KEY.AutocastCPU,
+    _KEY.AutocastCUDA,
+    # It counts versions and refuses to write to a pool of inference mode outside it; compiled kernels do neither.
+    _KEY.ADInplaceOrView,
+):
     _EXCLUDED = _EXCLUDED.add(_key)
 
 

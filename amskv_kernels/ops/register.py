@@ -110,7 +110,7 @@ def _register() -> torch.library.Library:
     for function in (attn, append, prepare_qk, window_scores, compact):
         name = function.__name__
         library.define(name + SCHEMAS[name], tags=())
-        for key in ("CPU", "CUDA"):
+        for key in ("CPU", "CUDA", "CompositeExplicitAutograd"):  # the last: a call without any tensor, to be refused
             library.impl(name, _plain(function), key)
         torch.library.register_fake(f"amskv::{name}", FAKES[name], lib=library)
     refuse_backward(library, SCHEMAS)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from amskv_kernels.arguments import instance_of, shown, whole_number
+from amskv_kernels.arguments import instance_of, one_of, shown, whole_number
+from amskv_kernels.planning.layout import HEAD_DIMS
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.shapes import ModelShape
 
@@ -93,16 +94,19 @@ def report(
     """The memory of generating `images` at once; with `cfg`, two sequences an image.
 
     Raises:
-        TypeError: a plan or shape of another type.
-        ValueError: a plan of another model than the shape's, images below 1 or beyond 32 bits, or an unknown dtype.
+        TypeError: a plan, shape or cfg of another type.
+        ValueError: a plan of another model than the shape's, images below 1 or beyond 32 bits, an unknown dtype, or a
+            head size that pages cannot have.
     """
     instance_of("plan", plan, CachePlan)
     instance_of("shape", shape, ModelShape)
     if (plan.schedule, plan.num_layers) != (shape.schedule, shape.layers) or plan.heads not in (1, shape.kv_heads):
         raise ValueError(f"plan is {plan!r}; it must be one of {shape.name}: {shape.layers} layers, its schedule")
     images = whole_number("images", images, 1, MOST_IMAGES)
+    instance_of("cfg", cfg, bool)
     if not isinstance(dtype, str) or dtype not in PAIR_BYTES:
         raise ValueError(f"dtype is {shown(dtype)}; it must be one of {', '.join(PAIR_BYTES)}")
+    one_of("head_dim", shape.head_dim, HEAD_DIMS)
     schedule, sequences = shape.schedule, images * (2 if cfg else 1)
     ours, stock = (token_mib(shape, sequences, pair) for pair in (PAIR_BYTES[dtype], STOCK_PAIR_BYTES))
     # Where heads differ, a plan counts the tokens of all of them.

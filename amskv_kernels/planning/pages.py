@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from amskv_kernels.planning.layout import MOST_PAGES, PAGE_SIZES, ROWS_BITS, ROWS_MASK
-from amskv_kernels.planning.tables import Extent, Slots
+from amskv_kernels.planning.tables import Extent, Slots, sealed
 
 # Larger pages mean fewer, longer copies (the Hopper kernel loads a tile from pages of 64 rows in half the clocks that
 # it takes from pages of 16), but more rounding: take the largest page whose pool is at most 2 % above the smallest pool
@@ -17,8 +17,7 @@ from amskv_kernels.planning.tables import Extent, Slots
 PAGE_SLACK = 0.02
 MOST_ROUNDING = 0.03
 
-NO_SLOTS: Slots = np.empty(0, dtype=np.int32)
-NO_SLOTS.setflags(write=False)
+NO_SLOTS: Slots = sealed(np.empty(0, dtype=np.int32))
 
 
 def page_slots(pages: Slots, rows: int, page_size: int) -> Slots:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 Slots = npt.NDArray[np.int32]
+
+
+def sealed(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A copy that nobody can write to: its memory is a bytes object, which NumPy never makes writable again."""
+    return np.ndarray(array.shape, array.dtype, buffer=array.tobytes())
 
 
 class Extent(NamedTuple):
@@ -29,7 +33,7 @@ class Compaction:
         kept: how many keys stay.
         observers: positions of the scoring queries in the current map.
         always: keys that stay whatever their score, ascending.
-        slots: (S,) slots of the fresh pages that take the kept keys; read-only.
+        slots: (S,) slots of the fresh pages that take the kept keys; read-only, in copies too.
     """
 
     held: int
@@ -37,6 +41,14 @@ class Compaction:
     observers: tuple[int, ...]
     always: tuple[int, ...]
     slots: Slots
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "slots", sealed(self.slots))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """NumPy forgets that an array was read-only when it copies or unpickles it."""
+        self.__dict__.update(state)
+        self.__post_init__()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -64,12 +76,13 @@ class PageTables:
     compactions: dict[tuple[int, int], Compaction] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for array in (self.retained, self.live, self.live_pages):
-            array.setflags(write=False)
-        for table in chain(*self.read, *self.write, (each.slots for each in self.compactions.values())):
-            table.setflags(write=False)
+        for name in ("retained", "live", "live_pages"):
+            object.__setattr__(self, name, sealed(getattr(self, name)))
+        for name in ("read", "write"):
+            steps = tuple(tuple(map(sealed, step)) for step in getattr(self, name))
+            object.__setattr__(self, name, steps)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """NumPy forgets that an array was read-only when it copies or unpickles it."""
+        """As of `Compaction`."""
         self.__dict__.update(state)
         self.__post_init__()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from amskv_kernels.arguments import instance_of, whole_number
+from amskv_kernels.arguments import instance_of, shown, whole_number
 from amskv_kernels.files import check_fits, read_fields, write_json
 from amskv_kernels.policies.allocation import Allocation, Problem, allocate
 from amskv_kernels.policies.base import HeadPolicy
@@ -77,7 +77,7 @@ class LeastLoss(_Lifetimes):
                 f"protected is {self.protected}; it must be at most {most}, the scales that are read later"
             )
         if self.limit not in ("retained", "peak"):
-            raise ValueError(f"limit is {self.limit!r}; it must be 'retained' or 'peak'")
+            raise ValueError(f"limit is {shown(self.limit)}; it must be 'retained' or 'peak'")
 
     def __repr__(self) -> str:
         return (

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from amskv_kernels.arguments import instance_of, whole_number
+from amskv_kernels.arguments import instance_of, shown, whole_number
 from amskv_kernels.files import check_fits, finite_table, read_fields, read_json, write_json
 from amskv_kernels.policies.calibration import rank_layers
 from amskv_kernels.schedule import ScaleSchedule
@@ -191,7 +191,7 @@ def is_losses(path: str | Path) -> bool:
 def check_by(by: object) -> None:
     """Raise ValueError where `by` is neither "layer" nor "head"."""
     if by not in ("layer", "head"):
-        raise ValueError(f"by is {by!r}; it must be 'layer' or 'head'")
+        raise ValueError(f"by is {shown(by)}; it must be 'layer' or 'head'")
 
 
 def _sums_of_sets(values: Array) -> Array:

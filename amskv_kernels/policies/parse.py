@@ -125,11 +125,11 @@ def _budget(text: str) -> Tokens | Share:
     """What kept=25%, saved=75% or tokens=128 means."""
     key, equals, amount = text.partition("=")
     if not equals or key not in BUDGETS:
-        raise ValueError(f"the budget is {text!r}; it must be kept=PERCENT%, saved=PERCENT% or tokens=NUMBER")
+        raise ValueError(f"the budget is {shown(text)}; it must be kept=PERCENT%, saved=PERCENT% or tokens=NUMBER")
     if key == "tokens":
         return Tokens(_count(key, 1, amount))
     if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,15})?%", amount):
-        raise ValueError(f"{key} is {amount!r}; it must be a percentage with its sign, such as 25%")
+        raise ValueError(f"{key} is {shown(amount)}; it must be a percentage with its sign, such as 25%")
     share = float(amount[:-1]) / 100
     return Share(share) if key == "kept" else Share.saving(share)
 
@@ -137,7 +137,7 @@ def _budget(text: str) -> Tokens | Share:
 def _percent(name: str, text: str) -> float:
     """The share that a percentage means."""
     if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,15})?", text) or not 0 < float(text) <= 100:
-        raise ValueError(f"{name} is {text!r}; it must be a percentage above 0 and at most 100")
+        raise ValueError(f"{name} is {shown(text)}; it must be a percentage above 0 and at most 100")
     return float(text) / 100
 
 
@@ -151,7 +151,7 @@ def _count(name: str, least: int, text: str) -> int:
 
 def _mode(text: str) -> str:
     if text not in ("released", "paper"):
-        raise ValueError(f"the mode is {text!r}; it must be 'released' or 'paper'")
+        raise ValueError(f"the mode is {shown(text)}; it must be 'released' or 'paper'")
     return text
 
 
