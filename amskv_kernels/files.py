@@ -20,7 +20,7 @@ T = TypeVar("T")
 LARGEST_JSON = 1 << 26  # bytes; a checkpoint given in place of a measurement is refused unread
 # What a parser raises for content that is not what it expects.
 MISTAKES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-LONGEST_NAME = 200  # letters of a file's name in an error message
+LONGEST_NAME = 120  # letters of a file's name in an error message
 
 
 def parse_json(text: str) -> Any:
