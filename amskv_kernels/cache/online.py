@@ -11,17 +11,16 @@ import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from amskv_kernels import ops  # noqa: F401 - registers torch.ops.amskv
 from amskv_kernels.arguments import check_device, check_index, instance_of, one_of, real_number, whole_number
+from amskv_kernels.cache.growing import GrowingPool, check_page_numbers
 from amskv_kernels.cache.paged import check_qkv
 from amskv_kernels.calibrate.similarity import key_similarity
 from amskv_kernels.ops.checks import check_pool, refuse_gradients
-from amskv_kernels.planning.layout import MOST_PAGES, MOST_POOL_PAGES, PAGE_SIZES
-from amskv_kernels.planning.pages import NO_SLOTS, Pages, choose_page_size, page_slots
+from amskv_kernels.planning.layout import PAGE_SIZES
+from amskv_kernels.planning.pages import NO_SLOTS
 from amskv_kernels.planning.tables import Slots
 from amskv_kernels.policies import AMSKVCapacity
 from amskv_kernels.schedule import ScaleSchedule
@@ -81,20 +80,18 @@ class OnlineKVCache:
         one_of("page_size", page_size, PAGE_SIZES)
         check_pool(batch, kv_heads, head_dim, dtype, device)
         check_device("device", device)
-        _check_page_numbers(num_layers * _most_pages(schedule, policy, page_size), page_size, batch * kv_heads)
+        check_page_numbers(num_layers * _most_pages(schedule, policy, page_size), page_size, batch * kv_heads)
         self.schedule, self.policy, self.theta, self.page_size = schedule, policy, theta, page_size
-        self.num_layers, self.batch, self.kv_heads = num_layers, batch, kv_heads
-        with torch.inference_mode(False):  # usable inside inference mode and outside
-            self._pool = torch.zeros(batch * kv_heads, 0, 2, page_size, head_dim, dtype=dtype, device=device)
-            self._scales = self._pool.new_zeros(self._pool.shape[:4], dtype=torch.float32)  # int8 pages alone use it
-        self._arena = torch.zeros(batch, kv_heads, dtype=torch.int32, device=device)
+        self.num_layers, self.batch, self._sequences = num_layers, batch, batch
+        self._pool = GrowingPool(batch, kv_heads, page_size, head_dim, dtype, device)
         self._default_scale = 1 / math.sqrt(head_dim)
         self.reset()
 
     def reset(self) -> None:
         """Start a new generation; every layer is undecided again."""
         self._calls = 0
-        self._free = Pages()
+        self.batch = self._sequences
+        self._pool.reset()
         start = self.policy.demanding_layers
         self._layers = [
             _Layer(self.policy.c_max if layer in start else self.policy.c_min) for layer in range(self.num_layers)
@@ -108,7 +105,14 @@ class OnlineKVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the pool so far, its scales included."""
-        return self._pool.nbytes + (self._scales.nbytes if self._pool.dtype == torch.int8 else 0)
+        return self._pool.nbytes
+
+    def keep_first(self, batch: int) -> None:
+        """As `PagedKVCache.keep_first`."""
+        self.batch = whole_number("batch", batch, 1, self.batch)
+        self._pool.keep_first(self.batch)
+        for layer in self._layers:
+            layer.previous = None if layer.previous is None else layer.previous[:batch]
 
     def visible(self, layer: int) -> tuple[int, ...]:
         """The scales that `layer` holds now.
@@ -140,15 +144,14 @@ class OnlineKVCache:
         kept, capacity = self._decide(state, scale, k)
         undecided = capacity == self.policy.c_min < self.policy.c_max
         factor = self._default_scale if softmax_scale is None else real_number("softmax_scale", softmax_scale)
-        fresh = self._take(-(-self.schedule.tokens[scale] // self.page_size)) if scale in kept else NO_SLOTS
+        tokens = self.schedule.tokens
+        fresh = self._pool.take(tokens[scale]) if scale in kept else NO_SLOTS
         try:
-            read, write = self._table(state.held), self._table({scale: fresh})
-            pages = self._pool.flatten(0, 1)
-            scales = self._scales.flatten(0, 1) if pages.dtype == torch.int8 else None
-            out, _ = torch.ops.amskv.attn(q, k, v, pages, self._arena, read, write, factor, scales)
+            read = [(pages, tokens[held]) for held, pages in state.held.items()]
+            out = self._pool.attn(q, k, v, read, [(fresh, tokens[scale])], factor)
             previous = k.contiguous() if undecided else None  # a view would keep all of qkv alive
         except BaseException:  # a call that fails leaves everything as it was
-            self._free.give_back(fresh)
+            self._pool.give_back(fresh)
             raise
         if capacity != state.capacity:
             state.capacity, state.turned_at = capacity, scale
@@ -156,7 +159,7 @@ class OnlineKVCache:
         if scale in kept:
             state.held[scale] = fresh
         for dropped in set(state.held) - set(kept):
-            self._free.give_back(state.held.pop(dropped))
+            self._pool.give_back(state.held.pop(dropped))
         self._calls += 1
         return out
 
@@ -171,33 +174,6 @@ class OnlineKVCache:
             return held, capacity  # nothing reads the last scale
         return policy.keep(self.schedule, held, scale, capacity), capacity
 
-    def _take(self, number: int) -> Slots:
-        """Pages for a scale; the pool grows first where it must, so that one that cannot loses none."""
-        arenas, pages = self._pool.shape[:2]
-        needed = self._free.count_with(number)
-        if needed > pages:
-            _check_page_numbers(needed, self.page_size, arenas)
-            room = max(needed, min(2 * pages, MOST_PAGES, MOST_POOL_PAGES // arenas))
-            pool, scales = (_grown(x, room) for x in (self._pool, self._scales))
-            first = torch.arange(arenas, dtype=torch.int32, device=pool.device) * room
-            self._pool, self._scales, self._arena = pool, scales, first.view(self.batch, self.kv_heads)
-        return self._free.take(number)
-
-    def _table(self, pages_of: dict[int, Slots]) -> Tensor:
-        """The slots of whole scales, given their pages."""
-        tokens = self.schedule.tokens
-        tables = [page_slots(pages, tokens[scale], self.page_size) for scale, pages in pages_of.items()]
-        flat = np.concatenate([NO_SLOTS, *tables])
-        return torch.from_numpy(flat).to(self._pool.device).view(1, 1, -1)
-
-
-def _grown(pool: Tensor, pages: int) -> Tensor:
-    """A larger pool that begins with what this one (arenas, pages, …) holds."""
-    with torch.inference_mode(False):
-        grown = pool.new_zeros(pool.shape[0], pages, *pool.shape[2:])
-    grown[:, : pool.shape[1]] = pool
-    return grown
-
 
 def _most_pages(schedule: ScaleSchedule, policy: AMSKVCapacity, page_size: int) -> int:
     """Pages that one layer holds at most, whether or not it turns demanding."""
@@ -207,9 +183,3 @@ def _most_pages(schedule: ScaleSchedule, policy: AMSKVCapacity, page_size: int) 
         for scale, (now, later) in enumerate(pairwise(held)):
             most = max(most, sum(pages[s] for s in {*now, *later} if s <= scale))
     return most
-
-
-def _check_page_numbers(count: int, page_size: int, arenas: int) -> None:
-    choose_page_size({page_size: count}, count * page_size)
-    if arenas * count > MOST_POOL_PAGES:
-        raise ValueError(f"the pool may need {arenas * count} pages; page numbers are 32-bit")

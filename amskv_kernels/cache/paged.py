@@ -63,15 +63,14 @@ class PagedKVCache:
             self.pages = torch.zeros(shape, dtype=dtype, device=device)
             self.page_scales = torch.zeros(shape[:3], device=device) if dtype == torch.int8 else None
         first = torch.arange(arenas, dtype=torch.int32, device=device) * plan.pages
-        self.arena = first.view(batch, -1).repeat_interleave(plan.heads, dim=1)
+        self.arena = self._arenas = first.view(batch, -1).repeat_interleave(plan.heads, dim=1)
         self._read, self._write = _upload(plan, self.pages.device)
         self._selector = (
             None if plan.selection is None else TokenSelector(plan, self.pages, self.arena, self.page_scales)
         )
-        layers, tokens = range(plan.num_layers), plan.schedule.tokens
-        self._turns = [(layer, batch, n) for n in tokens for layer in layers]
+        self._turns = _turns(plan, batch)
         self._default_scale = 1 / math.sqrt(head_dim)
-        self._prepared: dict[tuple[Settings, int, torch.dtype], Prepared] = {}
+        self._prepared: dict[tuple[Settings, int, int, torch.dtype], Prepared] = {}
         self._calls = 0
 
     @property
@@ -92,8 +91,30 @@ class PagedKVCache:
     def reset(self) -> None:
         """Start a new generation; nothing needs to be cleared."""
         self._calls = 0
+        self._go_on_with(len(self._arenas))
         if self._selector is not None:
             self._selector.reset()
+
+    def keep_first(self, batch: int) -> None:
+        """Go on with the first sequences alone, as where guidance ends before the last step; until `reset`.
+
+        The pool keeps its size, for the next generation.
+
+        Args:
+            batch: how many.
+
+        Raises:
+            ValueError: not within 1 … the sequences there are.
+        """
+        self._go_on_with(whole_number("batch", batch, 1, self.batch))
+
+    def _go_on_with(self, batch: int) -> None:
+        if batch == self.batch:
+            return
+        self.batch, self.arena = batch, self._arenas[:batch]
+        self._turns = _turns(self.plan, batch)
+        if self._selector is not None:
+            self._selector.keep_first(self.arena)
 
     def prepare(self, layer: int, x: Tensor, weight: Tensor) -> None:
         """What a model tells before each `attend`; ScaleKV's released mode alone makes use of it.
@@ -133,44 +154,85 @@ class PagedKVCache:
                 what `torch.ops.amskv.attn` raises.
             RuntimeError: gradients would be needed; the op has none.
         """
-        check_qkv(q, k, v)
         call = self._calls
-        # By type as well: True is equal to 1, and 1.0 too.
-        if type(layer) is not int or call == len(self._turns) or self._turns[call] != (layer, *q.shape[:2]):
-            self._check_turn(self.step, layer, q)
-        refuse_gradients(q, k, v)
-        scale = self._default_scale if softmax_scale is None else real_number("softmax_scale", softmax_scale)
-        if self._selector is not None:
-            self._selector.check(self.step, layer)
+        scale = self._checked(call, layer, q, k, v, softmax_scale)
         if torch.compiler.is_compiling() or not type(q) is type(self.pages) is Tensor:  # traced: as the op itself
             tables = (self.pages, self.arena, self._read[call], self._write[call])
             out, _ = torch.ops.amskv.attn(q, k, v, *tables, scale, self.page_scales)
         else:
             out = self._ready(call, q.dtype)(q, k, v, scale)
-        if self._selector is not None:
-            self._selector.after(self.step, layer, q, k, v, self._read[call], scale)
-        self._calls += 1
+        self._attended(layer, q, k, v, scale)
         return out
+
+    def attend_with_lse(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`attend`, for what attends to more than the cache: its output, and lse (B, H, n) fp32 to weigh it by."""
+        call = self._calls
+        scale = self._checked(call, layer, q, k, v, softmax_scale)
+        tables = (self.pages, self.arena, self._read[call], self._write[call])
+        out, lse = torch.ops.amskv.attn(q, k, v, *tables, scale, self.page_scales)
+        self._attended(layer, q, k, v, scale)
+        return out, lse
+
+    def look(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None
+    ) -> Tensor:  # fmt: skip
+        """`attend`, for a step that is run once more: what the coming step reads, and nothing is stored.
+
+        Raises:
+            ValueError: what `attend` raises, and a step that has begun to store.
+        """
+        if self.layer != 0:
+            raise ValueError(f"step {self.step} has begun; look before layer 0 of a step has attended")
+        call = self._calls + whole_number("layer", layer, 0, self.plan.num_layers - 1)
+        scale = self._checked(call, layer, q, k, v, softmax_scale)
+        tables = (self.pages, self.arena, self._read[call], self._read[call][..., :0])
+        out, _ = torch.ops.amskv.attn(q, k, v, *tables, scale, self.page_scales)
+        return out
+
+    def _checked(
+        self, call: int, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None
+    ) -> float:  # fmt: skip
+        """The softmax scale of a call whose turn it is."""
+        check_qkv(q, k, v)
+        # By type as well: True is equal to 1, and 1.0 too.
+        if type(layer) is not int or call >= len(self._turns) or self._turns[call] != (layer, *q.shape[:2]):
+            self._check_turn(call, layer, q)
+        refuse_gradients(q, k, v)
+        scale = self._default_scale if softmax_scale is None else real_number("softmax_scale", softmax_scale)
+        if self._selector is not None:
+            self._selector.check(self.step, layer)
+        return scale
+
+    def _attended(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> None:
+        """What follows a call's attention."""
+        if self._selector is not None:
+            self._selector.after(self.step, layer, q, k, v, self._read[self._calls], softmax_scale)
+        self._calls += 1
 
     def _ready(self, call: int, dtype: torch.dtype) -> Prepared:
         """The call as this context's backend makes it; worked out once, in the first generation."""
-        ready = self._prepared.get((settings(), call, dtype))
+        ready = self._prepared.get((settings(), call, self.batch, dtype))
         if ready is None:
             n = self.plan.schedule.tokens[call // self.plan.num_layers]
-            tables = (self.pages, self.arena, self._read[call], self._write[call])
-            planned = PlannedAttn(*tables, n, dtype, self.page_scales)
-            ready = self._prepared[settings(), call, dtype] = prepare_attn(planned)
+            used = self.arena.numel() // self.plan.heads * self.plan.pages  # of the sequences that there still are
+            scales = None if self.page_scales is None else self.page_scales[:used]
+            tables = (self.pages[:used], self.arena, self._read[call], self._write[call])
+            planned = PlannedAttn(*tables, n, dtype, scales)
+            ready = self._prepared[settings(), call, self.batch, dtype] = prepare_attn(planned)
         return ready
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_prepared": {}}  # they write into this pool, a copy has its own
 
-    def _check_turn(self, step: int, layer: int, q: Tensor) -> None:
+    def _check_turn(self, call: int, layer: int, q: Tensor) -> None:
         schedule = self.plan.schedule
-        if step == len(schedule):
-            raise ValueError(f"all {step} steps of schedule {schedule.name} are done; call reset() to start again")
-        if whole_number("layer", layer, 0) != self.layer:
-            raise ValueError(f"layer is {layer}; the plan's next call is layer {self.layer} of step {step}")
+        step, expected = divmod(call, self.plan.num_layers)
+        if (steps := len(schedule)) <= step:
+            raise ValueError(f"all {steps} steps of schedule {schedule.name} are done; call reset() to start again")
+        if whole_number("layer", layer, 0) != expected:
+            raise ValueError(f"layer is {layer}; the plan's next call is layer {expected} of step {step}")
         if q.dim() == 4 and q.shape[0] != self.batch:
             raise ValueError(f"q has batch {q.shape[0]}; this cache was made for {self.batch} sequences")
         if q.dim() == 4 and q.shape[1] != schedule.tokens[step]:
@@ -178,6 +240,11 @@ class PagedKVCache:
             raise ValueError(
                 f"q has {q.shape[1]} tokens; step {step} of schedule {schedule.name} has {h}·{w} = {h * w}"
             )
+
+
+def _turns(plan: CachePlan, batch: int) -> list[tuple[int, int, int]]:
+    """Layer, sequences and tokens of every call."""
+    return [(layer, batch, n) for n in plan.schedule.tokens for layer in range(plan.num_layers)]
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

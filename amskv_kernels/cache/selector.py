@@ -68,6 +68,11 @@ class TokenSelector:
         self._raw: Tensor | None = None
         self._sums: dict[int, Tensor] = {}
 
+    def keep_first(self, arena: Tensor) -> None:
+        """Go on with the sequences that `arena` (B, Hkv) names, the first of those there were, or all of them again."""
+        self._arena, self._raw = arena, None
+        self._sums = {layer: sums[: len(arena)] for layer, sums in self._sums.items()}
+
     def prepare(self, step: int, layer: int, x: Tensor, weight: Tensor) -> None:
         """Project the observers' raw queries, if this call needs them.
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from amskv_kernels.arguments import instance_of, shown
-from amskv_kernels.cache import OnlineKVCache, PagedKVCache
+from amskv_kernels.cache import OnlineKVCache, PagedKVCache, UnplannedKVCache
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.policies import AMSKVCapacity, Policy, parse_policy, read_policy
+from amskv_kernels.policies.around import Around, placed
 from amskv_kernels.schedule import ScaleSchedule
 
 PolicyLike = Policy | str | Callable[[ScaleSchedule], Policy | str]
-Cache = PagedKVCache | OnlineKVCache
+Cache = PagedKVCache | OnlineKVCache | UnplannedKVCache
 
 
 class Caches:
@@ -29,6 +30,10 @@ class Caches:
         online: decide as the generation goes (`OnlineKVCache`).
         theta: of the online mode; the policy's own unless given.
         pages: "int8", or None for the dtype of the keys.
+
+    Attributes:
+        around: what stands around the maps that the policy is for, in the coming generations; None: nothing.
+        counted: whether token counts are known beforehand; else caches are of `UnplannedKVCache`.
     """
 
     def __init__(
@@ -42,29 +47,34 @@ class Caches:
             raise ValueError(f"theta is {theta}; it means something to online=True alone")
         self._policy_of = _maker(policy, num_layers)
         self._layers, self._page_size = num_layers, page_size
-        self._online, self._theta, self._eight_bit = online, theta, pages == "int8"
-        self._plans: dict[tuple[ScaleSchedule, int], CachePlan] = {}
+        self.online, self._theta, self._eight_bit = online, theta, pages == "int8"
+        self._plans: dict[tuple[ScaleSchedule, int, Around | None], CachePlan] = {}
         self._made_for: object = None
+        self.around: Around | None = None
+        self.counted = True
         self.cache: Cache | None = None
 
     def policy(self, schedule: ScaleSchedule) -> Policy:
-        """The policy for a schedule.
+        """The policy of a generation on a schedule.
 
         Raises:
             TypeError: the user's function gives no policy, or a policy that is not for the online mode.
             ValueError: what `parse_policy` raises, or no theta for the online mode.
         """
+        if self.around is not None:
+            return placed(self._policy_of(self.around.maps), self.around, schedule)
         policy = self._policy_of(schedule)
-        if self._online and not isinstance(policy, AMSKVCapacity):
+        if self.online and not isinstance(policy, AMSKVCapacity):
             raise TypeError(f"policy is {policy!r}; the online mode needs an AMSKV.with_capacity(…)")
         return policy
 
     def plan(self, schedule: ScaleSchedule, kv_heads: int) -> CachePlan | None:
         """The plan for a schedule, made once; None in the online mode, whose policy and theta it checks."""
-        if self._online:
+        if self.online:
             self._theta_of(self.policy(schedule))
+        if self.online or not self.counted:
             return None
-        key = schedule, kv_heads
+        key = schedule, kv_heads, self.around
         if key not in self._plans:
             self._plans[key] = CachePlan.build(
                 schedule, self.policy(schedule), self._layers, self._page_size, kv_heads=kv_heads
@@ -74,7 +84,8 @@ class Caches:
     def start(self, schedule: ScaleSchedule, k: Tensor) -> Cache:
         """The cache for a new generation on `schedule`, whose first keys are k (B, n, Hkv, D)."""
         batch, _, kv_heads, head_dim = k.shape
-        plan, wanted = self.plan(schedule, kv_heads), (schedule, batch, kv_heads, head_dim, k.dtype, k.device)
+        plan = self.plan(schedule, kv_heads)
+        wanted = (schedule, self.around, batch, kv_heads, head_dim, k.dtype, k.device)
         if self.cache is None or self._made_for != wanted:
             self.cache = None  # its pool is free before the new one is made
             sizes: dict[str, Any] = {
@@ -89,10 +100,12 @@ class Caches:
         self.cache.reset()
         return self.cache
 
-    def _made(self, schedule: ScaleSchedule, sizes: dict[str, Any]) -> OnlineKVCache:
+    def _made(self, schedule: ScaleSchedule, sizes: dict[str, Any]) -> OnlineKVCache | UnplannedKVCache:
         policy: Any = self.policy(schedule)
-        theta, page_size = self._theta_of(policy), 16 if self._page_size is None else self._page_size
-        return OnlineKVCache(schedule, self._layers, policy, theta, page_size=page_size, **sizes)
+        sizes["page_size"] = 16 if self._page_size is None else self._page_size
+        if not self.online:
+            return UnplannedKVCache(schedule, self._layers, policy, **sizes)
+        return OnlineKVCache(schedule, self._layers, policy, self._theta_of(policy), **sizes)
 
     def _theta_of(self, policy: Policy) -> float:
         theta = getattr(policy, "theta", None) if self._theta is None else self._theta

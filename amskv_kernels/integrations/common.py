@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -18,6 +18,7 @@ from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.schedule import ScaleSchedule
 
 P = TypeVar("P", bound="Patch")
+T = TypeVar("T")
 QKV = tuple[Tensor, Tensor, Tensor]
 Rotation = tuple[Tensor, Tensor] | tuple[None, None]
 
@@ -89,6 +90,11 @@ class Patch:
         self.plan = cache.plan if isinstance(cache, PagedKVCache) else None
         self._begins = False
         return cache
+
+    def attended(self, cache: Any, layer: int, qkv: QKV, scale: float, told: Any) -> Tensor:
+        """(B, n, H, D): what the cache gives."""
+        out: Tensor = cache.attend(layer, *qkv, scale)
+        return out
 
     def _bind(self, modules: Iterable[Binding]) -> None:
         """Take the modules over, all or none."""
@@ -196,7 +202,7 @@ class PagedSelfAttention(PatchedModule):
         return weight[: self.num_heads * self.head_dim]
 
     def project(self, x: Tensor, layer: Any, told: Any) -> QKV:
-        """q (B, n, H, D), k and v (B, n, Hkv, D) of x (B, n, C), normalised and rotated."""
+        """q (B, n, H, D), k and v (B, n, Hkv, D) of x (B, n, C), normalised and rotated; layer is the `Layer`."""
         constants, weight = layer.constants, getattr(self, self.projection).weight
         cos, sin = layer.patch.rotation(told, x)
         heads = self.num_heads
@@ -222,7 +228,7 @@ class PagedSelfAttention(PatchedModule):
         cache = patch.ready(told, k)
         if patch.plan is not None and patch.plan.selection is not None and patch.plan.selection.raw_queries:
             cache.prepare(layer.number, x, self.query_weight())
-        return cache.attend(layer.number, q, k, v, scale).flatten(2)
+        return patch.attended(cache, layer.number, (q, k, v), scale, told).flatten(2)
 
 
 def in_generation(module: nn.Module, mask: Any) -> bool:
@@ -232,6 +238,35 @@ def in_generation(module: nn.Module, mask: Any) -> bool:
     """
     layer = getattr(module, "_amskv", None)
     return layer is not None and mask is None and layer.patch.caching
+
+
+class PerStep:
+    """What the first layer of a step works out, kept for the others: they bring the very same objects."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what the last generation brought."""
+        self._brought: tuple[Any, ...] = ()
+        self._found: Any = None
+
+    def of(self, brought: tuple[Any, ...], work: Callable[[], T]) -> T:
+        """`work()`, unless the last call brought the same."""
+        same = len(brought) == len(self._brought) and all(
+            new is old or (isinstance(new, int | torch.device) and new == old)
+            for new, old in zip(brought, self._brought, strict=True)
+        )
+        if not same:
+            self._found, self._brought = work(), brought
+        found: T = self._found
+        return found
+
+
+def complex_turns(freqs: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (n, D / 2) of unit complex numbers of that many elements, whatever leads them."""
+    flat = freqs.reshape(-1, freqs.shape[-1])
+    return flat.real.float().contiguous(), flat.imag.float().contiguous()
 
 
 def prepared(

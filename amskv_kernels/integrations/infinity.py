@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from amskv_kernels.integrations.caches import schedule_of
-from amskv_kernels.integrations.common import Layer, PagedSelfAttention, Patch, Rotation, in_generation
+from amskv_kernels.integrations.common import Layer, PagedSelfAttention, Patch, PerStep, Rotation, in_generation
 from amskv_kernels.integrations.family import Family
 from amskv_kernels.integrations.modules import (
     Binding,
@@ -38,15 +38,16 @@ _CROSS_NEEDS = (
 )  # fmt: skip
 
 
-class _Told(NamedTuple):
-    """What the model tells its self-attention beside x."""
+class Told(NamedTuple):
+    """What the model tells its self-attention beside x; relatives of Infinity tell `more`."""
 
     sizes: Triples | None
     grid: dict[str, Tensor] | None
     scale: int
+    more: Any = None
 
 
-class _SelfAttention(PagedSelfAttention):
+class InfinityAttention(PagedSelfAttention):
     def l2_norm(self) -> bool:
         """As Infinity calls it."""
         own: Any = self
@@ -65,17 +66,17 @@ class _SelfAttention(PagedSelfAttention):
             return stock(self).forward(
                 self, x, attn_bias_or_two_vector, attn_fn, scale_schedule, rope2d_freqs_grid, scale_ind=scale_ind
             )
-        return self.proj_drop(self.proj(self.attend(x, _Told(scale_schedule, rope2d_freqs_grid, scale_ind))))
+        return self.proj_drop(self.proj(self.attend(x, Told(scale_schedule, rope2d_freqs_grid, scale_ind))))
 
 
 class PatchedInfinity(Patch):
     """A patched Infinity: see `Patch`. The first call of a generation says which schedule it is of."""
 
-    attention = _SelfAttention
+    attention: ClassVar[type[PagedSelfAttention]] = InfinityAttention
 
     def read(self, model: Any, modules: list[Any]) -> None:
         self.prompts: dict[int, tuple[Tensor, int, Tensor]] = {}  # layer: text, its version, its keys and values
-        self._rotation: tuple[Any, Rotation] = None, (None, None)
+        self._turns = PerStep()
         self._crosses = [_cross(block, number) for number, block in enumerate(model.unregistered_blocks)]
 
     def bindings(self, model: Any, modules: list[Any]) -> Iterator[Binding]:
@@ -88,9 +89,9 @@ class PatchedInfinity(Patch):
         """The model says so for every layer before and after each generation."""
         super().begin(enable)
         self.prompts.clear()
-        self._rotation = None, (None, None)
+        self._turns.forget()
 
-    def schedule_of(self, told: _Told) -> ScaleSchedule:
+    def schedule_of(self, told: Told) -> ScaleSchedule:
         """The (1, h, w) of every scale, as a schedule."""
         if told.sizes is None:
             raise ValueError("scale_schedule is None; the model must pass the (1, h, w) of every scale")
@@ -98,17 +99,26 @@ class PatchedInfinity(Patch):
             raise ValueError(f"scale_schedule is {told.sizes!r}; only images are supported, one frame per scale")
         return schedule_of(tuple((int(h), int(w)) for _, h, w in told.sizes))
 
-    def rotation(self, told: _Told, x: Tensor) -> Rotation:
+    def rotation(self, told: Told, x: Tensor) -> Rotation:
         """The model's own, which all layers of a step share."""
-        sizes, grid, scale = told
-        if grid is None or sizes is None:
+        if told.grid is None or told.sizes is None:
             return None, None
-        asked = (id(grid), sizes, scale, x.shape[1], x.device)
-        if self._rotation[0] != asked:
-            start = sum(t * h * w for t, h, w in sizes[:scale])
-            cos, sin = grid[str(tuple(sizes))][:, 0, 0, 0, start : start + x.shape[1]].to(x.device, torch.float32)
-            self._rotation = asked, (cos.contiguous(), sin.contiguous())
-        return self._rotation[1]
+        return self._turns.of(
+            (told.grid, told.scale, x.shape[1], x.device), lambda: self.turns(told, x.shape[1], x.device)
+        )
+
+    def turns(self, told: Told, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (n, D / 2) of the next `tokens` of the model's table."""
+        assert told.grid is not None and told.sizes is not None
+        start = self.begins(told)
+        table = told.grid[str(tuple(told.sizes))][:, 0, 0, 0, start : start + tokens]
+        cos, sin = table.to(device, torch.float32)
+        return cos.contiguous(), sin.contiguous()
+
+    def begins(self, told: Told) -> int:
+        """Where the scale begins in the model's table."""
+        assert told.sizes is not None
+        return sum(t * h * w for t, h, w in told.sizes[: told.scale])
 
 
 class _Prompt(Binding):

@@ -9,7 +9,7 @@ Only the attention modules' `forward` and `kv_caching` are replaced; weights, sa
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -30,7 +30,7 @@ class _SelfAttention(PagedSelfAttention):
 class PatchedVAR(Patch):
     """A patched VAR: see `Patch`. Its schedule, and so its plan, is known from the start."""
 
-    attention = _SelfAttention
+    attention: ClassVar[type[PagedSelfAttention]] = _SelfAttention
 
     def read(self, model: Any, modules: list[Any]) -> None:
         self.schedule = schedule_of(tuple((int(side), int(side)) for side in model.patch_nums))

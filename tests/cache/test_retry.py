@@ -43,7 +43,7 @@ def online(theta):
 def state(cache):
     """What must not grow with failures: pages handed out, and sums of attention."""
     if isinstance(cache, OnlineKVCache):
-        return cache._free.live, [sorted(layer.held) for layer in cache._layers], cache.nbytes
+        return cache._pool._free.live, [sorted(layer.held) for layer in cache._layers], cache.nbytes
     return None if cache._selector is None else {layer: sums.clone() for layer, sums in cache._selector._sums.items()}
 
 
@@ -99,7 +99,7 @@ def test_no_page_of_the_online_mode_leaks(theta):
                     with pytest.raises(RuntimeError, match="no memory"), Fails(1, False):
                         cache.attend(layer, q, k, v)
                 cache.attend(layer, q, k, v)
-        sizes.add((cache.nbytes, cache._free.count))
+        sizes.add((cache.nbytes, cache._pool._free.count))
     assert len(sizes) == 1
 
 

@@ -75,9 +75,9 @@ def test_raw_queries_are_the_projection_without_its_bias(model, monkeypatch):
     seen = []
     original = torch.ops.amskv.window_scores
 
-    def spy(q_window, k, pages, arena, read, scale, mode):
+    def spy(q_window, k, pages, arena, read, scale, mode, *page_scales):
         seen.append((q_window.clone(), scale, mode))
-        return original(q_window, k, pages, arena, read, scale, mode)
+        return original(q_window, k, pages, arena, read, scale, mode, *page_scales)
 
     inputs = []
     block = model.unregistered_blocks[0].sa
