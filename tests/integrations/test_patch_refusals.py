@@ -123,7 +123,7 @@ def test_relatives_with_another_attention_are_refused_at_once(kind, message):
 def test_a_model_of_no_family_is_named(model):
     with pytest.raises(
         TypeError,
-        match="of no family that can be patched: Infinity has unregistered_blocks; .*VAR has patch_nums and blocks",
+        match=r"of no family that can be patched: Infinity has unregistered_blocks; .*VAR has patch_nums and blocks",
     ):
         patch(model, Full())
 
