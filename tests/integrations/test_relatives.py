@@ -1,6 +1,7 @@
 """Relatives of VAR and Infinity through the one `patch`: the same checks for each."""
 
 import checks
+import public_infinities as infinities
 import public_relatives as relatives
 import pytest
 import torch
@@ -13,7 +14,7 @@ from amskv_kernels.policies import HeadOrders
 
 SQUARES = ScaleSchedule([(p, p) for p in (1, 2, 3, 5)])
 HART = around_of(ScaleSchedule([(p, p) for p in (2, 3, 4, 5)]), prefix=1)
-MAPS = relatives.Maps.schedule
+MAPS = infinities.Maps.schedule
 
 
 def case(kind, around, *args, blocks="blocks", attention="attn"):
@@ -36,8 +37,8 @@ CASES = {
     "Switti": case(relatives.Switti, around_of(SQUARES)),
     "HART (Llama)": case(relatives.Hart, HART),
     "HART (GPT-2)": case(relatives.Hart, HART, "gpt2"),
-    "FastVAR": case(relatives.FastVAR, around_of(MAPS), **TEXT),
-    "VAREdit": case(relatives.VAREdit, around_of(MAPS, prefix=1, beside=(0,)), **TEXT),
+    "FastVAR": case(infinities.FastVAR, around_of(MAPS), **TEXT),
+    "VAREdit": case(infinities.VAREdit, around_of(MAPS, prefix=1, beside=(0,)), **TEXT),
 }
 PREFIXED = [name for name, each in CASES.items() if each.around.prefix]
 PLANNED = [name for name in CASES if name != "FastVAR"]
