@@ -3,8 +3,8 @@
     python -m tools.gpu_pack [--wheel NAME==VERSION …]
 
 Two builds of the CUDA library, the one that ships and one whose waits trap instead of hanging; the wheels named, for
-Python 3.12, unpacked into site/ without their needs; and manifest.json with the commit, the sources' digest, and every
-file's size. `python -m tools.gpu_session` finds it there.
+Python 3.12, unpacked into site/ without their needs; and manifest.json with the commit, the sources' digest, every
+file's size, and which build's products ptxas serialised. `python -m tools.gpu_session` finds it there.
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ TRAP_AFTER = 1 << 20
 PLATFORMS = ("manylinux2014_x86_64", *(f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 27, 28, 31, 34, 35, 39)))
 
 
-def build(pack: Path) -> None:
-    """Both libraries, each from a build folder of its own."""
-    sys.path.insert(0, str(ROOT))
+def build(pack: Path) -> list[str]:
+    """Both libraries, each from a build folder of its own; those in which ptxas serialised products."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "csrc" / "cmake")]
+    from build_info import kernels
     from setup import build_library, find_nvcc
 
     nvcc = find_nvcc()
     if nvcc is None:
         raise SystemExit("gpu-pack needs nvcc, in CUDA_HOME, PATH or /usr/local/cuda")
+    serialised = []
     for name, folder, options in (
         (RELEASE, "cuda", ()),
         (TRAPS, "cuda-traps", (f"-DAMSKV_TRAP_AFTER={TRAP_AFTER}",)),
@@ -47,6 +49,10 @@ def build(pack: Path) -> None:
         library = build_library(ROOT / "build" / folder, nvcc, *options)
         audit(library)
         shutil.copyfile(library, pack / name)
+        logs = [log.read_text(encoding="utf-8") for log in library.parent.rglob("*.cu.o.log")]
+        if any(kernel["serialised"] for log in logs for kernel in kernels(log)):
+            serialised.append(name)
+    return serialised
 
 
 def fetch(wheels: Sequence[str], site: Path) -> None:
@@ -80,10 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     shutil.rmtree(PACK, ignore_errors=True)
     PACK.mkdir(parents=True)
-    build(PACK)
+    serialised = build(PACK)
     if options.wheel:
         fetch(options.wheel, PACK / "site")
-    facts = manifest(PACK) | {"wheels": options.wheel}
+    facts = manifest(PACK) | {"wheels": options.wheel, "serialised": serialised}
     (PACK / "manifest.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(f"{PACK.relative_to(ROOT)}: {facts['bytes'] / 2**20:.1f} MiB of {facts['commit'][:12]}")
     if facts["bytes"] > MOST_BYTES:

@@ -3,7 +3,8 @@
     python -m tools.compatibility [--torch 2.10 …] [--python 3.12 …] [--suite]
 
 The library is built against every torch, on the first Python at hand that has it, and run there. The first wheel so
-built, that of the oldest torch, is the one that is then run on every pair. With --suite the tests that need no GPU run
+built, that of the oldest torch, is the one that is then run on every pair. Where a Python has no release of the newest
+torch, its own newest counts. With --suite the tests that need no GPU run
 on the packages of many GPU servers. Every row goes into tools/reports/compatibility.json as soon as it is known;
 another run goes on from there while the sources are the same, and tries again what failed. README's table is made of
 that file. Up to 15 GB of disk in build/compatibility, one torch at a time; some 20 GB of download in all.
@@ -19,35 +20,40 @@ from pathlib import Path
 
 from amskv_kernels.cli import console
 from tools.compatibility.environments import WORK, Environment, FailedError, forget_downloads, interpreter
-from tools.compatibility.report import NEWEST, PYTHONS, TORCHES, Report, good, row
+from tools.compatibility.report import NEWEST, PYTHONS, TORCHES, Report, Row, good, row
 from tools.compatibility.suite import PYTHON, TORCH, try_suite
 from tools.make_wheel import BUILD_NEEDS, audit_wheel, build
 
 
 def try_pair(report: Report, base: Path, torch: str, python: str) -> None:
-    """What is not yet known of this pair: whether the library builds against this torch, and whether the wheel runs."""
-    todo = [] if report.has("build", torch) else ["build"]
-    todo += [] if report.has("wheel", torch, python) else ["wheel"]
-    if not todo:
+    """The wheel run beside this torch; before it, where that is the first pair with this torch, the library built."""
+    if report.has("wheel", torch, python):
         return
     with Environment(base, f"python{python}-torch{torch}") as env:
-        for kind in todo:
-            tried = row(kind, torch, python)
-            try:
-                env.install("torch" if torch == NEWEST else f"torch=={torch}.*")
-                tried |= env.facts()
-                wheel = report.wheel
-                if kind == "build":
-                    env.install(*BUILD_NEEDS)
-                    wheel = build(WORK / ("wheel" if wheel is None else "built"), env.python)
-                    audit_wheel(wheel)
-                    tried["file"] = wheel.name
-                if wheel is None:
-                    raise FailedError("no wheel was built")
-                tried["library"] = env.smoke(wheel)
-            except (FailedError, OSError, subprocess.CalledProcessError, SystemExit) as error:
-                tried["failed"] = str(error)
-            report.keep(tried)
+        tried = row("wheel", torch, python)
+        try:
+            env.install("torch" if torch == NEWEST else f"torch=={torch}.*")
+            tried |= env.facts()
+            if not report.built(tried["torch"]):
+                report.keep(try_build(report, env, torch, python))
+            if report.wheel is None or not report.built(tried["torch"]):
+                return
+            tried |= {"library": env.smoke(report.wheel)} | env.facts()
+        except FailedError as error:
+            tried["failed"] = str(error)
+        report.keep(tried)
+
+
+def try_build(report: Report, env: Environment, torch: str, python: str) -> Row:
+    """The library built against this torch, and run: the wheel to try, if it is the first."""
+    tried = row("build", torch, python) | env.facts()
+    try:
+        env.install("numpy", *BUILD_NEEDS)
+        wheel = build(WORK / ("wheel" if report.wheel is None else "built"), env.python)
+        audit_wheel(wheel)
+        return tried | {"file": wheel.name, "library": env.smoke(wheel)} | env.facts()
+    except (FailedError, OSError, subprocess.CalledProcessError, SystemExit) as error:
+        return tried | {"failed": str(error)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -72,13 +72,16 @@ class Report:
     @property
     def wheel(self) -> Path | None:
         """The one that is tried."""
-        return next((WORK / "wheel").glob("*.whl"), None)
+        return next((WORK / "wheel").glob("*.whl"), None) if "wheel" in self.content else None
 
-    def has(self, kind: str, torch: str, python: str | None = None, group: str = "") -> bool:
-        """Whether this went well, with any Python where none is named."""
-        pythons = PYTHONS if python is None else (python,)
-        wanted = {key(row(kind, torch, each, group)) for each in pythons}
-        return any(key(each) in wanted and good(each) for each in self.rows)
+    def has(self, kind: str, torch: str, python: str, group: str = "") -> bool:
+        """Whether this was tried and went well."""
+        wanted = key(row(kind, torch, python, group))
+        return any(key(each) == wanted and good(each) for each in self.rows)
+
+    def built(self, release: str) -> bool:
+        """Whether the library was built against this very release of torch."""
+        return any(each["kind"] == "build" and each.get("torch") == release and good(each) for each in self.rows)
 
     def keep(self, new: Row) -> None:
         """Into the file, in the place of the row of the same key."""

@@ -130,7 +130,8 @@ def _conclude(session: Session, group: Group, complete: bool, seconds: float) ->
     result = "not all ran" if not complete else "WRONG" if wrong else "right" if counts.get("passed") else "none ran"
     session.add({"group": group.name, "result": result, "counts": counts, "seconds": round(seconds, 1)})
     said = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "no tests"
-    session.say(f"{group.name:18} {result} ({said}, {seconds:.0f} s)" + (f": {wrong[0]}" if wrong else ""))
+    slow = ", products serialised: right or wrong, but not fast" if session.serialised(group.library) else ""
+    session.say(f"{group.name:18} {result} ({said}, {seconds:.0f} s{slow})" + (f": {wrong[0]}" if wrong else ""))
     return not wrong and complete
 
 

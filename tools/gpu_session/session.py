@@ -102,6 +102,10 @@ class Session:
         limit = max(min(seconds, self.left()), 0.0)
         return supervise.run(command, self.log, limit, self.environment(), watch, folder)
 
+    def serialised(self, name: str) -> bool:
+        """Whether ptxas made the products of this build's Hopper kernel wait for each other: it shows no speed."""
+        return name in self.manifest.get("serialised", ())
+
     def use_library(self, name: str) -> str | None:
         """Put one build of the CUDA library where the package looks for it; why that cannot be.
 
