@@ -36,6 +36,7 @@ def build(pack: Path) -> list[str]:
     """Both libraries, each from a build folder of its own; those in which ptxas serialised products."""
     sys.path[:0] = [str(ROOT), str(ROOT / "csrc" / "cmake")]
     from build_info import kernels
+
     from setup import build_library, find_nvcc
 
     nvcc = find_nvcc()
