@@ -13,6 +13,7 @@ from amskv_kernels.cli.arguments import model_shape
 from amskv_kernels.cli.calibrate import spread_classes
 from amskv_kernels.models import VAR, VQVAE, VARConfig, VQVAEConfig
 from amskv_kernels.models.checkpoint import save
+from amskv_kernels.models.var import Generation
 
 SCHEDULE = ScaleSchedule([(1, 1), (2, 2), (3, 3)])
 VAR_SIZES = {"depth": 2, "embed_dim": 64, "num_heads": 1, "vocab_size": 32, "z_channels": 8, "num_classes": 3}
@@ -53,6 +54,8 @@ BASE = {
     "plan": ["--model", "var-d16", "--policy", "full"],
     "calibrate": ["--var", "var.safetensors", "--vae", "vae.safetensors", "--count", "1", "--images", "1"],
     "fit": ["--var", "var.safetensors", "--vae", "vae.safetensors", "--kept", "50", "--measure", "1", "--draw", "1"],
+    "generate": ["--var", "var.safetensors", "--vae", "vae.safetensors", "--images", "1", "--top-k", "9"],
+    "evaluate": ["--var", "var.safetensors", "--vae", "vae.safetensors", "--images", "1", "--top-k", "9"],
     "doctor": [],
 }
 OPTIONS = [(name, option) for name, taking, _ in commands() for option in taking]
@@ -71,9 +74,13 @@ def outcome(capsys, argv):
     return code
 
 
+def nothing_drawn(var, vae, labels, *_, **__):
+    return Generation(torch.zeros(len(labels), 3, 4, 4), torch.zeros(len(labels), SCHEDULE.total, dtype=torch.int64))
+
+
 @pytest.mark.parametrize(("command", "option"), OPTIONS)
 def test_every_option_with_everything_that_is_wrong(capsys, monkeypatch, command, option):
-    monkeypatch.setattr(VAR, "generate", lambda *_, **__: None)
+    monkeypatch.setattr(VAR, "generate", nothing_drawn)
     monkeypatch.setattr("amskv_kernels.cli.plots.timeline", lambda *_: None)
     codes = [outcome(capsys, [command, *BASE[command], f"{option}={wrong}"]) for wrong in WRONG]
     assert codes.count(2) >= 5, "some of them are wrong for any option"

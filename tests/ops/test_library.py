@@ -59,7 +59,7 @@ wrong = {
 for name, calls in wrong.items():
     for args in calls:
         try:
-            checks.check_attn(*args)
+            checks.check_attn(*args, None)
         except (TypeError, ValueError) as error:
             expected = str(error).split(" ")[0]
         else:
