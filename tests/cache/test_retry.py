@@ -139,7 +139,7 @@ def test_prepare_for_another_layer_is_refused():
     """Its queries would choose the keys of the layer that comes."""
     cache = paged(ScaleKV(30))
     x, weight = torch.randn(2, 1, 9), torch.randn(128, 9)
-    for layer in (1, -1, None):
-        with pytest.raises(ValueError, match=f"layer is {layer}; the next call is layer 0 of step 0"):
+    for layer, told in ((1, "the next call is layer 0 of step 0"), (-1, "must be a whole number"), (None, "must be")):
+        with pytest.raises((TypeError, ValueError), match=f"layer is {layer}; .*{told}"):
             cache.prepare(layer, x, weight)
     cache.prepare(0, x, weight)

@@ -147,7 +147,7 @@ def test_online_mode_is_algorithm_1_on_the_similarity_it_meets(theta, page_size)
             expected = planned.attend(layer, q, k, v)
             torch.testing.assert_close(cache.attend(layer, q, k, v), expected, rtol=1e-5, atol=1e-5)
             if cache.nbytes:
-                cache._pool[:, cache._free.free] = torch.nan  # nothing may read what has been given back
+                cache._pool._pool[:, cache._pool._free.free] = torch.nan  # nothing may read what has been given back
         turned = set(cache.demanding_layers)
         assert turned == (set(range(LAYERS)) if theta == 100 else set()) or abs(theta) < 2
         cache.reset()

@@ -307,7 +307,7 @@ def test_pages_of_eight_bits_change_the_image_little(family, online):
     policy = AMSKV.with_capacity(2000, 4000) if online else Full()
     with patch(model, policy, pages="int8", online=online, theta=-100.0 if online else None) as patched:
         found = family.draw(model)
-        pool = patched.cache._pool if online else patched.cache.pages
+        pool = patched.cache._pool._pool if online else patched.cache.pages
         assert pool.dtype == torch.int8
     error = (found - expected).float().square().mean().sqrt()
     assert 0 < error < 0.02 * expected.float().std(), "eight bits, not none, and not garbage"

@@ -87,7 +87,8 @@ def test_counts_and_names_of_a_run(tmp_path):
         "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\n@pytest.mark.skip\ndef test_c(): pass\n"
     )
     junit = tmp_path / "junit.xml"
-    subprocess.run([sys.executable, "-m", "pytest", "-q", f"--junitxml={junit}", tmp_path], capture_output=True)
+    command = [sys.executable, "-m", "pytest", "-q", f"--rootdir={tmp_path}", f"--junitxml={junit}", tmp_path]
+    subprocess.run(command, capture_output=True)
     assert suite.outcome(junit) == {
         "tests": 3, "failures": 1, "errors": 0, "skipped": 1, "broken": ["test_it::test_b"],
     }  # fmt: skip
