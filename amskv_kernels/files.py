@@ -241,7 +241,9 @@ def finite_table(name: str, raw: Any, columns: int | None = None) -> tuple[tuple
 def check_fits(
     what: str, sizes: tuple[tuple[int, int], ...], layers: int, schedule: ScaleSchedule, num_layers: int
 ) -> None:  # fmt: skip
-    """Raise ValueError when a measurement was made for another depth or schedule."""
+    """Raise ValueError when a measurement, which is of images, was made for another depth or schedule."""
+    if not schedule.still:
+        raise ValueError(f"{what} was made for images; schedule {schedule.name} has frames")
     if layers != num_layers:
         raise ValueError(f"{what} was made for {layers} layers; this model has {num_layers}")
     if sizes != schedule.sizes:

@@ -12,7 +12,7 @@ from typing import Any
 
 from amskv_kernels.arguments import instance_of, shown, whole_number
 
-_SIZE = "two positive integers (h, w)"
+_SIZE = "two positive integers (h, w), or three (t, h, w)"
 # Beyond every published model: video's longest schedules have some hundred scales, 8192 × 8192 tokens are 2^26.
 MOST_SCALES = 1024
 MOST_TOKENS = 2**31 - 1  # tokens are counted in 32 bits
@@ -36,35 +36,43 @@ def _members(name: str, value: Iterable[Any], most: int, expected: str) -> tuple
 class ScaleSchedule:
     """The sizes (h, w) of a model's token maps, coarsest first; step k generates scale k (0-based).
 
-    Maps need not be square. Equality and hashing look at the sizes only.
+    Maps need not be square, and may have several frames: a size (t, h, w) is t maps of (h, w), drawn in one step.
+    Equality and hashing look at sizes and frames only.
+
+    Attributes:
+        sizes: (h, w) of every scale.
+        frames: t of every scale; 1 in images.
 
     Raises:
         TypeError: no sequence of sizes, a size that is no sequence, such as a bare side, or a name that is no text.
-        ValueError: no scale at all, more than `MOST_SCALES`, a size that is not two positive integers, or more than
-            `MOST_TOKENS` tokens.
+        ValueError: no scale at all, more than `MOST_SCALES`, a size that is not two or three positive integers, or more
+            than `MOST_TOKENS` tokens.
     """
 
     sizes: tuple[tuple[int, int], ...]
     name: str = field(default="custom", compare=False)
+    frames: tuple[int, ...] = field(default=(), repr=False)
 
     def __init__(self, sizes: Iterable[Iterable[int]], name: str = "custom") -> None:
         instance_of("name", name, str)
-        checked: list[tuple[int, int]] = []
+        checked: list[tuple[int, int, int]] = []
         for i, size in enumerate(_members("sizes", sizes, MOST_SCALES, "a sequence of (h, w), one per scale")):
-            pair = _members(f"sizes[{i}]", size, 2, _SIZE)
-            if len(pair) != 2:
-                raise ValueError(f"sizes[{i}] is {shown(pair)}; it must be {_SIZE}")
+            found = _members(f"sizes[{i}]", size, 3, _SIZE)
+            if len(found) not in (2, 3):
+                raise ValueError(f"sizes[{i}] is {shown(found)}; it must be {_SIZE}")
             try:
-                checked.append((whole_number("h", pair[0], 1), whole_number("w", pair[1], 1)))
+                t, h, w = (whole_number("each", number, 1) for number in (1, *found)[-3:])
             except ValueError as error:
-                raise ValueError(f"sizes[{i}] is {shown(pair)}; it must be {_SIZE}") from error
+                raise ValueError(f"sizes[{i}] is {shown(found)}; it must be {_SIZE}") from error
+            checked.append((t, h, w))
         if not checked:
             raise ValueError("sizes is empty; a schedule has at least one scale")
         if len(checked) > MOST_SCALES:
             raise ValueError(f"sizes has more than {MOST_SCALES} scales; a schedule has at most as many")
-        if (total := sum(h * w for h, w in checked)) > MOST_TOKENS:
+        if (total := sum(t * h * w for t, h, w in checked)) > MOST_TOKENS:
             raise ValueError(f"sizes has {shown(total)} tokens; a schedule has at most {MOST_TOKENS}")
-        object.__setattr__(self, "sizes", tuple(checked))
+        object.__setattr__(self, "sizes", tuple((h, w) for _, h, w in checked))
+        object.__setattr__(self, "frames", tuple(t for t, _, _ in checked))
         object.__setattr__(self, "name", name)
 
     @classmethod
@@ -88,8 +96,13 @@ class ScaleSchedule:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Tokens per scale, h·w."""
-        return tuple(h * w for h, w in self.sizes)
+        """Tokens per scale, t·h·w."""
+        return tuple(t * h * w for t, (h, w) in zip(self.frames, self.sizes, strict=True))
+
+    @property
+    def still(self) -> bool:
+        """Whether every scale has one frame."""
+        return self.frames == (1,) * len(self.sizes)
 
     @property
     def offsets(self) -> tuple[int, ...]:

@@ -236,10 +236,9 @@ class PagedKVCache:
         if q.dim() == 4 and q.shape[0] != self.batch:
             raise ValueError(f"q has batch {q.shape[0]}; this cache was made for {self.batch} sequences")
         if q.dim() == 4 and q.shape[1] != schedule.tokens[step]:
-            h, w = schedule.sizes[step]
-            raise ValueError(
-                f"q has {q.shape[1]} tokens; step {step} of schedule {schedule.name} has {h}·{w} = {h * w}"
-            )
+            t, (h, w), n = schedule.frames[step], schedule.sizes[step], schedule.tokens[step]
+            size = f"{h}·{w}" if t == 1 else f"{t}·{h}·{w}"
+            raise ValueError(f"q has {q.shape[1]} tokens; step {step} of schedule {schedule.name} has {size} = {n}")
 
 
 def _turns(plan: CachePlan, batch: int) -> list[tuple[int, int, int]]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from amskv_kernels.arguments import instance_of
-from amskv_kernels.integrations import fastvar, hart, infinity, star, switti, var, varedit
+from amskv_kernels.integrations import fastvar, hart, infinity, infinitystar, star, switti, var, varedit
 from amskv_kernels.integrations.caches import Caches, PolicyLike
 from amskv_kernels.integrations.common import Patch
 from amskv_kernels.integrations.family import Family
@@ -17,7 +17,8 @@ from amskv_kernels.models.attention import Observer
 __all__ = ["Patch", "patch", "unpatch"]
 
 FAMILIES: tuple[Family, ...] = (
-    infinity.FAMILY, fastvar.FAMILY, varedit.FAMILY, var.FAMILY, star.FAMILY, hart.LLAMA, hart.GPT2, switti.FAMILY,
+    infinity.FAMILY, fastvar.FAMILY, varedit.FAMILY, infinitystar.FAMILY,
+    var.FAMILY, star.FAMILY, hart.LLAMA, hart.GPT2, switti.FAMILY,
 )  # fmt: skip
 
 

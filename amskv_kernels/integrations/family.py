@@ -43,9 +43,10 @@ class Family(NamedTuple):
 
     def differences(self, model: Any) -> int:
         """In how many names the first self-attention differs from the public class's."""
-        first = next(iter(self._attentions(model)), None)
-        if first is None:
+        attentions = self._attentions(model)
+        if not attentions:
             return 0
+        first = attentions[0]
         lacks = missing_of(first, (*self.attributes, "kv_caching"))
         return len(lacks) + len(set(parameters_of(first, "forward")) ^ set(self.takes))
 

@@ -100,6 +100,10 @@ class CachePlan:
         policy.check_fits(schedule, num_layers)
         sizes = PAGE_SIZES if page_size is None else (int(page_size),)
         if isinstance(policy, TokenPolicy):
+            if not schedule.still:
+                raise ValueError(
+                    f"{type(policy).__name__} chooses tokens of images; schedule {schedule.name} has frames"
+                )
             return cls._of_tokens(schedule, policy, num_layers, sizes)
         heads = planned_heads(policy, schedule, num_layers, kv_heads)
         last_read = lifetimes(schedule, policy, num_layers, heads)

@@ -9,7 +9,7 @@ from amskv_kernels.policies.heads import HeadOrders, HeatKV
 from amskv_kernels.policies.losses import Losses
 from amskv_kernels.policies.parse import PUBLISHED_SAVINGS, parse_policy, read_policy
 from amskv_kernels.policies.tokens import H2O, PyramidKV, Recent, ScaleKV, SnapKV
-from amskv_kernels.policies.whole_scale import AMSKV, AMSKVCapacity, Full, Sink, SlidingWindow
+from amskv_kernels.policies.whole_scale import AMSKV, AMSKVCapacity, Full, Sink, SlidingWindow, Visible
 
 __all__ = [
     "AMSKV",
@@ -36,6 +36,7 @@ __all__ = [
     "SnapKV",
     "TokenPolicy",
     "Tokens",
+    "Visible",
     "parse_policy",
     "read_policy",
 ]

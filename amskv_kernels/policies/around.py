@@ -20,11 +20,13 @@ class Around:
         maps: the schedule that the user's policy is made for.
         prefix: scales before the first map: 0 or 1.
         beside: layers that see the prefix in their own way, beside the cache.
+        rule: the model's own, of what a map may see of those before it; no policy shows more.
     """
 
     maps: ScaleSchedule
     prefix: int = 1
     beside: tuple[int, ...] = ()
+    rule: Policy | None = None
 
     def step(self, step: int) -> int:
         """The map that is drawn at a step; below 0 for the prefix."""
@@ -34,6 +36,9 @@ class Around:
         """Scales of the generation, from the maps that a policy shows at a step."""
         if step < self.prefix:
             return ()
+        if self.rule is not None:
+            allowed = self.rule.visible(self.maps, layer, self.step(step))
+            visible = tuple(scale for scale in visible if scale in allowed)
         prefix = () if layer in self.beside else range(self.prefix)
         passes = range(len(self.maps) - 1 + self.prefix, step)  # of the last map, drawn before this one
         return (*prefix, *(scale + self.prefix for scale in visible), *passes)
@@ -43,9 +48,12 @@ def placed(policy: Policy, around: Around, schedule: ScaleSchedule) -> Policy:
     """The policy of the whole generation, which `schedule` is of.
 
     Raises:
-        TypeError: a policy that chooses tokens, where some layers see the prefix beside the cache.
+        TypeError: a policy that chooses tokens, where some layers see the prefix beside the cache, or the model has a
+            rule.
     """
     if isinstance(policy, TokenPolicy):
+        if around.rule is not None:
+            raise TypeError(f"policy is {policy!r}; this model has a rule of which scales it sees, and none of tokens")
         if around.beside:
             raise TypeError(
                 f"policy is {policy!r}; this model's layer {around.beside[0]} sees the prefix anew at every scale, and "

@@ -32,11 +32,15 @@ class MadeFor:
 
     def check_layers(self, num_layers: int) -> None:
         """Raise ValueError where the depth is another one."""
-        check_fits("the policy", self.schedule.sizes, self.num_layers, self.schedule, num_layers)
+        if num_layers != self.num_layers:
+            raise ValueError(f"the policy was made for {self.num_layers} layers; this model has {num_layers}")
 
     def check(self, schedule: ScaleSchedule, num_layers: int) -> None:
         """Raise ValueError where it is another one."""
-        check_fits("the policy", self.schedule.sizes, self.num_layers, schedule, num_layers)
+        self.check_layers(num_layers)
+        if schedule != self.schedule:
+            check_fits("the policy", self.schedule.sizes, self.num_layers, schedule, num_layers)
+            raise ValueError(f"the policy was made for schedule {self.schedule.name}, with frames; this one has none")
 
 
 class Policy(ABC):

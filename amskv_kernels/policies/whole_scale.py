@@ -34,6 +34,34 @@ class Full(Policy):
 
 
 @dataclass(frozen=True)
+class Visible(Policy):
+    """What a table says, of a model that has a rule of its own for what a scale may see: the same for every layer.
+
+    Args:
+        table: for each step the earlier scales that it reads, ascending.
+
+    Raises:
+        ValueError: the table is no sequence of sequences of scales.
+    """
+
+    table: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        try:
+            rows = [layer_numbers(f"table[{step}]", row) for step, row in enumerate(self.table)]
+        except TypeError as error:
+            raise ValueError(f"table is {shown(self.table)}; it must be the scales that each step reads") from error
+        object.__setattr__(self, "table", tuple(rows))
+
+    def visible(self, schedule: ScaleSchedule, layer: int, step: int) -> tuple[int, ...]:
+        return self.table[step]
+
+    def check_fits(self, schedule: ScaleSchedule, num_layers: int) -> None:
+        if len(self.table) != len(schedule):
+            raise ValueError(f"table has {len(self.table)} steps; schedule {schedule.name} has {len(schedule)}")
+
+
+@dataclass(frozen=True)
 class SlidingWindow(Policy):
     """The last `local` scales before the current one."""
 

@@ -19,7 +19,7 @@ from amskv_kernels.planning.memory import counted
 from amskv_kernels.policies import parse_policy
 from amskv_kernels.shapes import ModelShape
 from benchmarks.harness.results import committed, newest, rows
-from benchmarks.report import plots, tables, targets
+from benchmarks.report import families, plots, tables, targets
 from benchmarks.suites.plans import memory_of
 
 Result = dict[str, Any]
@@ -256,6 +256,8 @@ def _fuzz() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "api": _api,
+    "families": families.checked,
+    "infinitystar": families.videos,
     "shootout": _shootout,
     "digits": _digits,
     "fuzz": _fuzz,
