@@ -13,7 +13,7 @@ from amskv_kernels.arguments import whole_number
 from amskv_kernels.calibrate.recorder import Recorder
 from amskv_kernels.models.attention import Attention
 from amskv_kernels.policies.drafters import Drafters, check_top, choose_drafters
-from amskv_kernels.policies.heads import HeadOrders
+from amskv_kernels.policies.heads import HeadOrders, check_half
 from amskv_kernels.schedule import ScaleSchedule
 
 
@@ -28,12 +28,17 @@ class AttentionRecorder(Recorder):
         inner: see `Recorder`.
         top: K′, how many of the strongest history keys count as selective.
         rows: queries at a time.
+        prefix: see `Recorder`.
+        half: whose attention S-CAS is: "conditional", the sequences with a prompt or class, which are the first half
+            of a guided batch, as HeatKV's authors measure it; or "both". ASI is of both: nothing else is published.
     """
 
     def __init__(
-        self, schedule: ScaleSchedule, num_layers: int, inner: Attention | None = None, top: int = 16, rows: int = 1024
+        self, schedule: ScaleSchedule, num_layers: int, inner: Attention | None = None, top: int = 16, rows: int = 1024,
+        half: str = "conditional", prefix: int = 0,
     ) -> None:  # fmt: skip
-        super().__init__(schedule, num_layers, inner)
+        super().__init__(schedule, num_layers, inner, prefix)
+        self.half = check_half(half)
         self.top, self._rows = whole_number("top", top, 1), whole_number("rows", rows, 1)
         # Mean attention to the current map, and to the strongest `top` keys of the history.
         self._current, self._strong = torch.zeros(2, num_layers, len(schedule), dtype=torch.float64, device="cpu")
@@ -45,24 +50,31 @@ class AttentionRecorder(Recorder):
         step = self._turn(layer, q, k, v)
         if self._mass is None:
             self._mass = torch.zeros(len(self._keys), k.shape[2], len(self.schedule), dtype=torch.float64, device="cpu")
-        keys = self._keys[layer] = [*self._keys[layer], k] if step else [k]
+        earlier = self._keys[layer] if step > self._first_step else []
+        keys = self._keys[layer] = [*(each[: len(k)] for each in earlier), k]
+        if step < 0:
+            self._count()
+            return
         every = torch.cat(keys, dim=1).float().permute(0, 2, 3, 1)  # [B, Hkv, D, N]
-        strong, scales, queries = 0.0, torch.zeros(k.shape[2], step + 1, dtype=torch.float64, device="cpu"), q.shape[1]
+        queries, strong, current, sizes = q.shape[1], 0.0, 0.0, [each.shape[1] for each in keys[-step - 1 :]]
+        heard = min(len(k), max(1, self._batch // 2) if self.half == "conditional" else len(k))
+        scales = torch.zeros(k.shape[2], step + 1, dtype=torch.float64, device="cpu")
         for part in q.float().split(self._rows, dim=1):
             grouped = part.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, Hkv, G·n, D]
             with torch.autocast(q.device.type, enabled=False):  # the same measurement with autocast and without
                 weights = (softmax_scale * grouped @ every).softmax(-1)
             share = part.shape[1] / queries
-            for scale, own in enumerate(weights.split([each.shape[1] for each in keys], dim=-1)):
+            weights = weights[..., self.prefix :]
+            for scale, own in enumerate(weights[:heard].split(sizes, dim=-1)):
                 scales[:, scale] += share * own.sum(-1).mean((0, 2)).double().cpu()
-            history = weights[..., : every.shape[3] - k.shape[1]]
+            history, own = weights.split([weights.shape[3] - sizes[-1], sizes[-1]], dim=-1)
+            current += share * float(own.sum(-1).mean())
             if step:
                 strong += share * float(history.topk(min(self.top, history.shape[3])).values.sum(-1).mean())
-        sequences = k.shape[0]
-        self._current[layer, step] += sequences * float(scales[:, step].mean())
-        self._strong[layer, step] += sequences * strong
-        self._mass[layer, :, :step] += sequences * scales[:, :step]
-        self._count(sequences)
+        self._current[layer, step] += self._batch * current
+        self._strong[layer, step] += self._batch * strong
+        self._mass[layer, :, :step] += self._batch * scales[:, :step]
+        self._count()
 
     def selectivity(self) -> tuple[tuple[float, ...], ...]:
         """(L, K) ASI: the mean attention to the current map times that to the strongest `top` keys of the history.
@@ -102,4 +114,4 @@ class AttentionRecorder(Recorder):
 
     def orders(self, protected: int = 3, model: str = "unnamed") -> HeadOrders:
         """HeatKV's head orders, the first `protected` scales aside."""
-        return HeadOrders.from_scores(self.scores(), self.schedule, protected, self.images, model)
+        return HeadOrders.from_scores(self.scores(), self.schedule, protected, self.images, model, self.half)

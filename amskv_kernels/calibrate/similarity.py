@@ -52,12 +52,14 @@ class SimilarityRecorder(Recorder):
         num_layers: see `Recorder`.
         inner: see `Recorder`.
         mode: see `key_similarity`.
+        prefix: see `Recorder`.
     """
 
     def __init__(
-        self, schedule: ScaleSchedule, num_layers: int, inner: Attention | None = None, mode: str = "bilinear"
+        self, schedule: ScaleSchedule, num_layers: int, inner: Attention | None = None, mode: str = "bilinear",
+        prefix: int = 0,
     ) -> None:  # fmt: skip
-        super().__init__(schedule, num_layers, inner)
+        super().__init__(schedule, num_layers, inner, prefix)
         self.mode = mode
         self._sums = torch.zeros(num_layers, len(schedule), dtype=torch.float64, device="cpu")  # over sequences
         self._previous: list[Tensor | None] = [None] * num_layers
@@ -67,10 +69,10 @@ class SimilarityRecorder(Recorder):
         step = self._turn(layer, q, k, v)
         previous, sizes = self._previous[layer], self.schedule.sizes
         if step > 0 and previous is not None:
-            alike = key_similarity(previous, k, sizes[step - 1], sizes[step], self.mode)
-            self._sums[layer, step] += k.shape[0] * alike.cpu()
+            alike = key_similarity(previous[: len(k)], k, sizes[step - 1], sizes[step], self.mode)
+            self._sums[layer, step] += self._batch * alike.cpu()
         self._previous[layer] = k
-        self._count(k.shape[0])
+        self._count()
 
     def similarity(self) -> tuple[tuple[float, ...], ...]:
         """(L, K) means over the sequences seen; 0 for scale 0.

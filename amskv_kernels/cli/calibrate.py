@@ -46,6 +46,10 @@ def add(commands: Any) -> None:
     calibrate.add_argument("--top", type=whole(1), help=f"asi: strongest history keys that count (default {TOP})")
     calibrate.add_argument("--protected", type=whole(0), help=f"scas: scales that no head drops (default {PROTECTED})")
     calibrate.add_argument(
+        "--half", choices=("conditional", "both"),
+        help="scas: whose attention, the sequences' with a class (default, as HeatKV measures) or all sequences'",
+    )  # fmt: skip
+    calibrate.add_argument(
         "--images", type=whole(1), default=32, help="images to measure, of classes spread over all (default 32)"
     )
     calibrate.add_argument("--batch", type=whole(1), default=16, help="images at once (default 16)")
@@ -58,7 +62,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, and write the file."""
-    for name in ("theta", "count", "top", "protected", "plot"):
+    for name in ("theta", "count", "top", "protected", "half", "plot"):
         if name not in _OPTIONS[arguments.method] and getattr(arguments, name) is not None:
             own = ", ".join(f"--{option}" for option in _OPTIONS[arguments.method])
             raise ValueError(f"--{name} means nothing to --method {arguments.method}, whose own options are {own}")
@@ -114,12 +118,13 @@ def _scas(arguments: argparse.Namespace) -> str:
     protected = min(PROTECTED, most) if arguments.protected is None else arguments.protected
     if not 0 <= protected <= most:
         raise ValueError(f"--protected is {protected}; it must be within 0 … {most}, of the scales that are read later")
-    recorder = AttentionRecorder(var.config.schedule, var.config.depth)
+    recorder = AttentionRecorder(var.config.schedule, var.config.depth, half=arguments.half or "conditional")
     generate(recorder)
     found = recorder.orders(protected, name)
     found.save(arguments.out)
     weakest = ", ".join(f"head {head} of layer {layer}" for head, layer in found.orders[-1][:3])
     print(f"head orders       {len(found.orders)} source scales; least needed of the last: {weakest}")
+    print(f"measured          {recorder.half} sequences of guided generations")
     return "heatkv:10"
 
 
@@ -144,7 +149,7 @@ def _loss(arguments: argparse.Namespace) -> str:
 
 _METHODS = {"similarity": _similarity, "asi": _asi, "scas": _scas, "loss": _loss}
 _OPTIONS = {
-    "similarity": ("theta", "count", "plot"), "asi": ("count", "top"), "scas": ("protected",), "loss": ("plot",),
+    "similarity": ("theta", "count", "plot"), "asi": ("count", "top"), "scas": ("protected", "half"), "loss": ("plot",),
 }  # fmt: skip
 
 

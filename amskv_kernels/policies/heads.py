@@ -17,6 +17,9 @@ from amskv_kernels.schedule import ScaleSchedule
 FORMAT = "amskv-head-orders-1"
 
 HeadOf = tuple[int, int]
+# Whose attention S-CAS is: that of the sequences with a prompt or class, the first half of a guided batch, as HeatKV's
+# authors measure it, or of all.
+HALVES = ("conditional", "both")
 # Last step at which (layer, head, scale) is read; absent: never.
 Reads = dict[tuple[int, int, int], int]
 
@@ -30,6 +33,7 @@ class HeadOrders:
         schedule: the (h, w) sizes measured on; None in files that do not say.
         images: how many images were measured; 0 in files that do not say.
         model: a name for people.
+        half: which sequences of a guided generation were measured, see `HALVES`; None in files that do not say.
 
     Raises:
         TypeError: a field of another type.
@@ -40,6 +44,7 @@ class HeadOrders:
     schedule: tuple[tuple[int, int], ...] | None = None
     images: int = 0
     model: str = "unnamed"
+    half: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.orders, Iterable):
@@ -50,12 +55,14 @@ class HeadOrders:
         sizes = None if self.schedule is None else ScaleSchedule(self.schedule).sizes
         images = whole_number("images", self.images, 0)
         instance_of("model", self.model, str)
+        if self.half is not None:
+            check_half(self.half)
         set_fields(self, orders=orders, schedule=sizes, images=images)
 
     @classmethod
     def from_scores(
         cls, scores: Sequence[Sequence[Sequence[float]]], schedule: ScaleSchedule, protected: int = 3,
-        images: int = 0, model: str = "unnamed",
+        images: int = 0, model: str = "unnamed", half: str | None = None,
     ) -> HeadOrders:  # fmt: skip
         """Orders from S-CAS: (L, H, K) mean attention that a head pays to a scale while later ones are drawn.
 
@@ -80,7 +87,7 @@ class HeadOrders:
                 tuple(sorted(pairs, key=lambda pair: (tables[pair[1]][pair[0]][scale], pair)))
                 for scale in range(protected, len(schedule) - 1)
             ),
-            schedule.sizes, images, model,
+            schedule.sizes, images, model, half,
         )  # fmt: skip
 
     def save(self, path: str | Path) -> None:
@@ -99,7 +106,9 @@ class HeadOrders:
         raw = read_json(path, "head order")
         fields: dict[str, Any] = raw if isinstance(raw, dict) else {"orders": raw}
         try:
-            named = {"model": Path(path).stem} | {k: fields[k] for k in ("schedule", "images", "model") if k in fields}
+            named = {"model": Path(path).stem} | {
+                k: fields[k] for k in ("schedule", "images", "model", "half") if k in fields
+            }
             return cls(fields["orders"], **named)
         except MISTAKES as error:
             raise ValueError(
@@ -120,6 +129,13 @@ class HeadOrders:
                     f"the head order's list {i} has {found}; this model has {num_layers} layers of {kv_heads} KV "
                     f"heads, each of which must stand in it once"
                 )
+
+
+def check_half(half: object) -> str:
+    """One of `HALVES`, or a ValueError."""
+    if not isinstance(half, str) or half not in HALVES:
+        raise ValueError(f"half is {shown(half)}; it must be {' or '.join(map(repr, HALVES))}")
+    return half
 
 
 def _order(scale: int, pairs: Any) -> tuple[HeadOf, ...]:

@@ -64,7 +64,7 @@ def measure(var: VAR, vae: VQVAE, device: torch.device) -> Measured:
     """All of it from one batch of digits."""
     schedule, layers = var.config.schedule, var.config.depth
     losses = LossRecorder(schedule, layers, ConcatKVCache())
-    attention = AttentionRecorder(schedule, layers, losses)
+    attention = AttentionRecorder(schedule, layers, losses, half="both")  # as the committed figures were measured
     labels = torch.arange(MEASURED, device=device) % var.config.num_classes
     var.generate(vae, labels, attention, generator=torch.Generator(device).manual_seed(7), **SAMPLING)
     return Measured(losses.losses("digits"), attention.orders(), attention.drafters())

@@ -8,13 +8,13 @@ import torch
 from amskv_kernels import ScaleSchedule, parse_policy
 from amskv_kernels.calibrate import AttentionRecorder
 from amskv_kernels.models import ConcatKVCache
-from amskv_kernels.policies import Drafters
+from amskv_kernels.policies import Drafters, HeadOrders
 from amskv_kernels.policies.drafters import choose_drafters
 
 SMALL = ScaleSchedule([(1, 1), (2, 2), (3, 2), (4, 4)])
 
 
-def generation(recorder, seed, layers, heads=4, kv_heads=2, batch=2):
+def generation(recorder, seed, layers, heads=4, kv_heads=2, batch=4):
     """Drives a recorder; returns every call's attention weights (B, H, n, N), from its own keys."""
     rng, keys, found = torch.Generator().manual_seed(seed), [[] for _ in range(layers)], []
     recorder.inner = ConcatKVCache()
@@ -30,9 +30,11 @@ def generation(recorder, seed, layers, heads=4, kv_heads=2, batch=2):
 
 
 @pytest.mark.parametrize("rows", [3, 1024])
-def test_asi_and_scas_are_their_definitions(rows):
+@pytest.mark.parametrize("half", [None, "conditional", "both"])
+def test_asi_and_scas_are_their_definitions(rows, half):
     layers, heads, top = 3, 4, 2
-    recorder = AttentionRecorder(SMALL, layers, top=top, rows=rows)
+    recorder = AttentionRecorder(SMALL, layers, top=top, rows=rows, **({} if half is None else {"half": half}))
+    heard = 4 if half == "both" else 2  # the first half of a guided batch has the prompts
     runs = [generation(recorder, seed, layers) for seed in range(2)]
     asi, scas = recorder.selectivity(), torch.tensor(recorder.scores(), dtype=torch.float64)
     assert scas.shape == (layers, 2, len(SMALL))
@@ -47,11 +49,30 @@ def test_asi_and_scas_are_their_definitions(rows):
         for source in range(len(SMALL) - 1):
             a, b = SMALL.offsets[source], SMALL.offsets[source + 1]
             later = range(source + 1, len(SMALL))
-            mass = sum(run[t * layers + layer][..., a:b].sum(-1).mean((0, 2)) for run in runs for t in later)
+            mass = sum(run[t * layers + layer][:heard, ..., a:b].sum(-1).mean((0, 2)) for run in runs for t in later)
             by_kv_head = mass.view(2, heads // 2).mean(1) / (len(runs) * len(later))
             torch.testing.assert_close(scas[layer, :, source], by_kv_head, rtol=1e-5, atol=1e-7)
-    assert recorder.images == 2
-    assert len(recorder.orders(protected=1).orders) == 2
+    assert recorder.images == 4
+    orders = recorder.orders(protected=1)
+    assert len(orders.orders) == 2 and orders.half == (half or "conditional")
+
+
+def test_one_sequence_is_measured_whatever_half_it_is():
+    recorder = AttentionRecorder(SMALL, 1)
+    generation(recorder, 0, 1, batch=1)
+    assert sum(map(sum, recorder.scores()[0])) > 0
+
+
+def test_orders_say_whose_attention_they_are(tmp_path):
+    recorder = AttentionRecorder(SMALL, 2, half="both")
+    generation(recorder, 0, 2)
+    recorder.orders(1).save(tmp_path / "orders.json")
+    assert HeadOrders.load(tmp_path / "orders.json").half == "both"
+    (tmp_path / "released.json").write_text("[[[0, 0]]]", encoding="utf-8")
+    assert HeadOrders.load(tmp_path / "released.json").half is None
+    for make in (lambda: AttentionRecorder(SMALL, 2, half="left"), lambda: HeadOrders([[[0, 0]]], half="left")):
+        with pytest.raises(ValueError, match="half is 'left'; it must be 'conditional' or 'both'"):
+            make()
 
 
 def test_drafters_are_the_lowest_standing_within_each_scale():

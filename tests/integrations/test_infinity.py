@@ -205,13 +205,15 @@ def test_the_models_own_text_attention_is_used_where_its_module_has_one(model, m
     assert F.mse_loss(got, expected) < 1e-2 * expected.square().mean()
 
 
-def test_autocast_keeps_sixteen_bit_pages(model):
+def test_autocast_keeps_sixteen_bit_pages_and_is_as_far_from_fp32_as_stock(model):
+    truth = model.generate(prompts(), SMALL)
     with torch.autocast("cpu", torch.bfloat16):
         expected = model.generate(prompts(), SMALL)
         with patch(model, Full()) as patched:
             got = model.generate(prompts(), SMALL)
             assert patched.cache.pages.dtype == torch.bfloat16
     assert F.mse_loss(got, expected) < 0.02 * expected.square().mean()
+    assert F.mse_loss(got.float(), truth) < 1.5 * F.mse_loss(expected.float(), truth)
 
 
 def test_undo_restores_every_module(model):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from checks import Case, around_of
 
-from amskv_kernels import AMSKV, H2O, Full, HeatKV, ScaleKV, ScaleSchedule, SlidingWindow, patch
+from amskv_kernels import AMSKV, H2O, Full, HeatKV, LeastLoss, ScaleKV, ScaleSchedule, SlidingWindow, Tokens, patch
 from amskv_kernels.cache import UnplannedKVCache
+from amskv_kernels.calibrate import AttentionRecorder, LossRecorder, SimilarityRecorder
 from amskv_kernels.integrations.hart import passes
 from amskv_kernels.policies import HeadOrders
 
@@ -83,6 +84,33 @@ def test_an_observer_gets_every_call(family):
     assert [layer for layer, *_ in seen] == list(range(layers)) * (len(seen) // layers)
     for _, q, k, v, scale in seen:
         assert q.shape == k.shape == v.shape and q.shape[2:] == (2, 64) and isinstance(scale, float)
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_recorders_measure_what_passes_by(name):
+    """The same signature for each: what is measured serves a policy on the same model."""
+    family = CASES[name]
+    model, maps = family.make(), family.around.maps
+    layers = len(family.layers(model))
+    with patch(model, Full()) as patched:
+        family.draw(model)
+        whole = patched.plan.schedule
+    prefix = whole.tokens[0] if family.around.prefix else 0
+    recorders = [kind(maps, layers, prefix=prefix) for kind in (AttentionRecorder, LossRecorder, SimilarityRecorder)]
+
+    def observe(*call):
+        for recorder in recorders:
+            recorder.observe(*call)
+
+    with patch(model, Full(), observe=observe):
+        family.draw(model)
+    attention, losses, similarity = recorders
+    assert len(similarity.similarity()) == layers
+    policies = [HeatKV(0.7, attention.orders(1)), LeastLoss(Tokens(8), losses.losses())]
+    for policy in policies:
+        with patch(model, policy) as patched:
+            assert torch.isfinite(family.draw(model)).all()
+            assert not patched.plan.lossless
 
 
 def test_eight_bits_change_little(family):
