@@ -15,11 +15,12 @@ from amskv_kernels.models.infinitystar import references
 from benchmarks.report.families import stock_tokens
 
 NOTE = (
-    "Small models of blocks out of each clone, random weights, on a CPU: the largest difference over what is drawn, "
-    "relative to its largest value, in fp32; 0 where the plain PyTorch backend does the same sums. InfinityStar's "
-    "public class attends in bf16 whatever it is given, and runs under autocast. Policies: the last map, the first and the last, two in one layer. Graphs: of three compiled "
-    "blocks, drawing twice. STAR's class is that of a fork (hunnieej/CamVAR); VAR-CLIP's attention is VAR's own; "
-    "HART's GPT-2 attention cannot run in its own public block and is checked on a stand-in alone."
+    "Small models of blocks out of each clone, random weights, on a CPU: the largest difference over what is "
+    "drawn, relative to its largest value, in fp32; 0 where the plain PyTorch backend does the same sums. "
+    "InfinityStar's public class attends in bf16 whatever it is given, and runs under autocast. Policies: the "
+    "last map, the first and the last, two in one layer. Graphs: of three compiled blocks, drawing twice. STAR's "
+    "class is that of a fork (hunnieej/CamVAR); VAR-CLIP's attention is VAR's own; HART's GPT-2 attention cannot "
+    "run in its own public block and is checked on a stand-in alone."
 )
 # Where a fork holds the code in a folder of its own.
 FOLDERS = {"FastVAR": "Infinity"}
