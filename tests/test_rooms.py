@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "ops": COMMON | {"planning"},
     "cache": COMMON | {"calibrate", "ops", "planning", "policies"},
     "integrations": COMMON | {"cache", "models", "ops", "planning", "policies"},
-    "cli": COMMON | {"cache", "calibrate", "integrations", "models", "ops", "planning", "policies"},
+    "serving": COMMON | {"models", "ops", "planning", "policies"},
+    "cli": COMMON | {"serving", "cache", "calibrate", "integrations", "models", "ops", "planning", "policies"},
     "__init__": COMMON | {"cache", "integrations", "ops", "planning", "policies"},
     "__main__": {"cli"},
 }

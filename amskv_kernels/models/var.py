@@ -96,13 +96,20 @@ class SelfAttention(nn.Module):
         self.register_buffer("zero_k_bias", torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
+    def qkv_bias(self) -> Tensor:
+        """(3 · C,) bias of the qkv projection; K has none."""
+        return torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
+
+    def q_length(self) -> Tensor:
+        """(1, 1, H, 1) fp32: the learned length of each head's L2-normalised queries."""
+        return self.scale_mul_1H11.clamp_max(_MAX_LOG_Q).exp().transpose(1, 2).float()
+
     def forward(self, x: Tensor, attention: Attention) -> Tensor:
         b, n, _ = x.shape
-        bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
-        q, k, v = F.linear(x, self.mat_qkv.weight, bias).view(b, n, 3, self.num_heads, self.head_dim).unbind(2)
+        qkv = F.linear(x, self.mat_qkv.weight, self.qkv_bias())
+        q, k, v = qkv.view(b, n, 3, self.num_heads, self.head_dim).unbind(2)
         if self.l2_norm:
-            length = self.scale_mul_1H11.clamp_max(_MAX_LOG_Q).exp().transpose(1, 2)
-            q = F.normalize(q.float(), dim=-1) * length.float()
+            q = F.normalize(q.float(), dim=-1) * self.q_length()
             k = F.normalize(k.float(), dim=-1)
             if not getattr(attention, "keeps_fp32_keys", False):
                 q, k = q.to(v.dtype), k.to(v.dtype)
@@ -159,9 +166,12 @@ class HeadNorm(nn.Module):
         super().__init__()
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
+    def modulation(self, cond: Tensor) -> Tensor:
+        """cond (B, C) -> scale and shift (B, 1, 2, C)."""
+        return self.ada_lin(cond).view(len(cond), 1, 2, -1)
+
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        scale, shift = self.ada_lin(cond).view(len(cond), 1, 2, -1).unbind(2)
-        return _modulated_norm(x.float(), scale, shift)
+        return _modulated_norm(x.float(), *self.modulation(cond).unbind(2))
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -219,16 +229,16 @@ class VAR(CheckedModule):
         mask = torch.zeros(blocked.shape, dtype=torch.float32).masked_fill(blocked, -torch.inf)
         self.register_buffer("attn_bias_for_masking", mask[None, None])  # of checkpoints; who attends masks by itself
 
-    def _places(self) -> Tensor:
+    def places(self) -> Tensor:
         """What every position adds to its input: scale and position embedding, (1, schedule.total, C)."""
         return self.lvl_embed(self.lvl_1L) + self.pos_1LC
 
-    def _start(self, cond: Tensor) -> Tensor:
-        """The first scale's input before `_places`: cond (B, C) -> (B, first scale, C)."""
+    def start(self, cond: Tensor) -> Tensor:
+        """The first scale's input before `places`: cond (B, C) -> (B, first scale, C)."""
         return cond[:, None] + self.pos_start
 
-    def _embed(self, maps: Tensor) -> Tensor:
-        """Latent maps (B, n, z_channels) -> (B, n, C), before `_places`."""
+    def embed(self, maps: Tensor) -> Tensor:
+        """Latent maps (B, n, z_channels) -> (B, n, C), before `places`."""
         return self.word_embed(maps.to(self.word_embed.weight.dtype))
 
     def modulations(self, cond: Tensor) -> list[Tensor]:
@@ -283,7 +293,7 @@ class VAR(CheckedModule):
                 f"{self.config.z_channels}) with t one of {ends}"
             )
         cond = self.class_emb(labels)
-        x = torch.cat((self._start(cond), self._embed(inputs)), dim=1) + self._places()[:, :end]
+        x = torch.cat((self.start(cond), self.embed(inputs)), dim=1) + self.places()[:, :end]
         return self._logits(x, cond, self.modulations(cond), attention)
 
     def _check_sampling(self, vae: VQVAE, labels: Tensor, cfg: float, top_k: int, top_p: float) -> None:
@@ -341,8 +351,8 @@ class VAR(CheckedModule):
         batch, last = len(labels), len(schedule) - 1
         labels = labels.to(self.lvl_1L.device)
         cond = self.class_emb(torch.cat((labels, torch.full_like(labels, self.config.num_classes))))
-        modulations, places = self.modulations(cond), self._places()
-        x = self._start(cond)
+        modulations, places = self.modulations(cond), self.places()
+        x = self.start(cond)
         fhat = torch.zeros(batch, self.config.z_channels, *schedule.sizes[-1], dtype=torch.float32, device=cond.device)
         drawn = []
         for k, (offset, n) in enumerate(zip(schedule.offsets, schedule.tokens, strict=True)):
@@ -353,7 +363,7 @@ class VAR(CheckedModule):
             drawn.append(tokens.view(batch, n))
             fhat = fhat + vae.quantize.spread(k, drawn[-1])
             if k < last:
-                x = self._embed(vae.quantize.next_map(k + 1, fhat)).repeat(2, 1, 1)
+                x = self.embed(vae.quantize.next_map(k + 1, fhat)).repeat(2, 1, 1)
             if progress is not None:
                 progress(k + 1, last + 1)
         return Generation(vae.decode(fhat).float(), torch.cat(drawn, dim=1))
