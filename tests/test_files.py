@@ -61,6 +61,7 @@ def test_every_field_of_a_wrong_kind_is_named(tmp_path, found):
         for wrong in WRONG_FIELDS:
             if (name, wrong) in (
                 ("schedule", None),
+                ("half", None),
                 ("theta", -1),
                 ("theta", 1.5),
                 ("demanding_layers", []),
