@@ -34,7 +34,9 @@ class GrowingPool:
         self.page_size = page_size
         with torch.inference_mode(False):  # usable inside inference mode and outside
             self._pool = torch.zeros(batch * kv_heads, 0, 2, page_size, head_dim, dtype=dtype, device=device)
-            self._scales = self._pool.new_zeros(self._pool.shape[:4], dtype=torch.float32)  # int8 pages alone use it
+            self._scales = (
+                self._pool.new_zeros(self._pool.shape[:4], dtype=torch.float32) if dtype == torch.int8 else None
+            )
         self._arena = torch.zeros(batch, kv_heads, dtype=torch.int32, device=device)
         self.reset()
 
@@ -49,7 +51,7 @@ class GrowingPool:
     @property
     def nbytes(self) -> int:
         """Bytes of the pool so far, its scales included."""
-        return self._pool.nbytes + (self._scales.nbytes if self._pool.dtype == torch.int8 else 0)
+        return self._pool.nbytes + (0 if self._scales is None else self._scales.nbytes)
 
     def take(self, rows: int) -> Slots:
         """Pages for so many rows; the pool grows first where it must, so that one that cannot loses none.
@@ -63,7 +65,7 @@ class GrowingPool:
         if needed > pages:
             check_page_numbers(needed, self.page_size, arenas)
             room = max(needed, min(2 * pages, MOST_PAGES, MOST_POOL_PAGES // arenas))
-            pool, scales = (_grown(x, room) for x in (self._pool, self._scales))
+            pool, scales = _grown(self._pool, room), None if self._scales is None else _grown(self._scales, room)
             first = torch.arange(arenas, dtype=torch.int32, device=pool.device) * room
             self._pool, self._scales, self._arena = pool, scales, first.view(self._arena.shape)
         return self._free.take(number)
@@ -77,7 +79,7 @@ class GrowingPool:
     ) -> Tensor:  # fmt: skip
         """Attention to what lies in `read` and to k, v, which go to `write`: see `torch.ops.amskv.attn`."""
         pages = self._pool.flatten(0, 1)
-        scales = self._scales.flatten(0, 1) if pages.dtype == torch.int8 else None
+        scales = None if self._scales is None else self._scales.flatten(0, 1)
         tables = (self._arena[: self._batch], self._table(read), self._table(write))
         out, _ = torch.ops.amskv.attn(q, k, v, pages, *tables, softmax_scale, scales)
         return out

@@ -80,16 +80,12 @@ class _Placed(Policy):
 
 
 @dataclass(frozen=True)
-class _PlacedHeads(HeadPolicy):
+class _PlacedHeads(_Placed, HeadPolicy):
     inner: HeadPolicy
-    around: Around
 
     @property
     def alike(self) -> bool:
         return self.inner.alike
-
-    def visible(self, schedule: ScaleSchedule, layer: int, step: int) -> tuple[int, ...]:
-        return _Placed.visible(self, schedule, layer, step)  # type: ignore[arg-type]
 
     def visible_to(self, schedule: ScaleSchedule, layer: int, head: int, step: int) -> tuple[int, ...]:
         at = self.around.step(step)
@@ -98,9 +94,6 @@ class _PlacedHeads(HeadPolicy):
 
     def check_heads(self, schedule: ScaleSchedule, num_layers: int, kv_heads: int) -> None:
         self.inner.check_heads(self.around.maps, num_layers, kv_heads)
-
-    def check_fits(self, schedule: ScaleSchedule, num_layers: int) -> None:
-        self.inner.check_fits(self.around.maps, num_layers)
 
 
 @dataclass(frozen=True)

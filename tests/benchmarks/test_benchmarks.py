@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import amskv_kernels
 from amskv_kernels import ScaleSchedule
 from benchmarks.harness import measure, peers
 from benchmarks.harness.cases import Case, bytes_per_image, groups, kernel_cases, largest_batch, layer_kinds
@@ -196,7 +197,8 @@ def test_module_check_refuses(context):
         module.check(layer, "stock", layer.stock(), layer.visible(9))
 
 
-def test_peers_for_every_row_of_a_wide_head_policy():
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_peers_for_every_row_of_a_wide_head_policy(backend):
     pool = Pool(CASE, "cpu")
     inputs = CallInputs(pool, group_at(6))
     read, write = inputs.tables[0]
@@ -204,7 +206,8 @@ def test_peers_for_every_row_of_a_wide_head_policy():
     ragged[0, 1, -1] = 0
     inputs.tables = [(ragged, write)]
     gate = Gate(inputs)
-    out = peers.ours(inputs).calls[0]()
+    with amskv_kernels.backend(backend):
+        out = peers.ours(inputs).calls[0]()
     assert gate.check("ours", out) <= gate.limit
     for make in (lambda: peers.concatenation(inputs), lambda: peers.contiguous(inputs), lambda: inputs.dense(0)):
         with pytest.raises(UnavailableError, match="heads hold different numbers"):

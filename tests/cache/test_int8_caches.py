@@ -79,6 +79,14 @@ def test_the_online_mode_grows_pages_and_scales(theta):
         full.reset()
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float32], ids=str)
+def test_the_online_mode_counts_every_byte_it_takes(dtype):
+    cache = OnlineKVCache(SCHEDULE, LAYERS, AMSKV.with_capacity(9, 40, condensed=2), -100.0, dtype=dtype, **SIZES)
+    outputs([cache, OnlineKVCache(SCHEDULE, LAYERS, cache.policy, -100.0, dtype=dtype, **SIZES)], 7)
+    taken = [each for each in vars(cache._pool).values() if isinstance(each, torch.Tensor) and each.dim() > 2]
+    assert cache.nbytes == sum(each.nbytes for each in taken) > 0
+
+
 def test_bytes_are_pages_and_scales():
     plan = CachePlan.build(SCHEDULE, Full(), LAYERS)
     cache = PagedKVCache(plan, dtype=torch.int8, **SIZES)

@@ -43,10 +43,12 @@ def attn(
 
 
 def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
-    """`attn` with its indices worked out once; they count from an arena's first page, so that all arenas share them."""
-    pages, heads = call.pages, call.read_slots.shape[1]
-    arenas, page_size = call.arena.numel() // heads, pages.shape[2]
-    pool, first = _Pool.of(pages, call.page_scales, arenas), np.zeros((1, heads), dtype=np.int64)
+    """`attn` with its indices worked out once, for all equal parts of the pool: arenas where heads have one table, else
+    sequences, whose heads may or may not share an arena."""
+    pages, page_size = call.pages, call.pages.shape[2]
+    alike = call.read_slots.shape[1] == call.write_slots.shape[1] == 1
+    pool = _Pool.of(pages, call.page_scales, call.arena.numel() if alike else len(call.arena))
+    first = np.zeros((1, 1), dtype=np.int64) if alike else _on_host(call.arena[:1])
     history = _History.of(first, call.read_slots, page_size, call.n)
     store = _Store.of(first, call.write_slots, page_size, call.n)
 
