@@ -98,3 +98,11 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert json.loads(path.read_text())["found"]["torch"]["done"] == 9
     assert fuzz.main([*command, "9", "--seed", "1"]) == 2
     assert "has other calls or another version in it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["hopper", "nothing"])
+def test_a_backend_that_serves_no_cpu_is_refused_before_a_call_is_drawn(capsys, tmp_path, name):
+    out = tmp_path / "fuzz.json"
+    assert fuzz.main(["--backend", name, "--calls", "3", "--plans", "0", "--out", str(out)]) == 2
+    assert capsys.readouterr().err.startswith(f"--backend {name} serves no CPU here; these do: ")
+    assert not out.exists()

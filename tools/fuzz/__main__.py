@@ -135,6 +135,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     here = backends()
     names = [arguments.backend] if arguments.backend else here
+    if arguments.backend and arguments.backend not in here:
+        hint = "; it needs TRITON_INTERPRET=1" if arguments.backend == "triton" else ""
+        print(f"--backend {arguments.backend} serves no CPU here{hint}; these do: {', '.join(here)}", file=sys.stderr)
+        return 2
     torch.set_num_threads(1)  # the calls are small
     if os.environ.get("TRITON_INTERPRET") == "1":
         hasten()
