@@ -46,4 +46,7 @@ _MODELS = {
     "var-d36": (36, 36, 64, "var-512"),
     "infinity-2b": (32, 16, 128, "infinity-1m-1.000"),
     "infinity-8b": (40, 28, 128, "infinity-1m-1.000"),
+    "infinity-layer32": (32, 20, 104, "infinity-1m-1.000"),
+    "infinity-layer40": (40, 24, 112, "infinity-1m-1.000"),
+    "infinity-layer48": (48, 28, 120, "infinity-1m-1.000"),
 }

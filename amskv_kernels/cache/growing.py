@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from amskv_kernels import ops  # noqa: F401 - registers torch.ops.amskv
+from amskv_kernels.cache.rows import HeadRows
 from amskv_kernels.planning.layout import MOST_PAGES, MOST_POOL_PAGES
 from amskv_kernels.planning.pages import NO_SLOTS, Pages, choose_page_size, page_slots
 from amskv_kernels.planning.tables import Slots
@@ -23,17 +24,17 @@ class GrowingPool:
         batch: sequences B.
         kv_heads: Hkv.
         page_size: rows of a page.
-        head_dim: D.
+        rows: how heads lie in the pages.
         dtype: of the pages.
         device: where they lie.
     """
 
     def __init__(
-        self, batch: int, kv_heads: int, page_size: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+        self, batch: int, kv_heads: int, page_size: int, rows: HeadRows, dtype: torch.dtype, device: torch.device | str
     ) -> None:  # fmt: skip
-        self.page_size = page_size
+        self.page_size, self._rows = page_size, rows
         with torch.inference_mode(False):  # usable inside inference mode and outside
-            self._pool = torch.zeros(batch * kv_heads, 0, 2, page_size, head_dim, dtype=dtype, device=device)
+            self._pool = torch.zeros(batch * kv_heads, 0, 2, page_size, rows.size, dtype=dtype, device=device)
             self._scales = (
                 self._pool.new_zeros(self._pool.shape[:4], dtype=torch.float32) if dtype == torch.int8 else None
             )
@@ -52,6 +53,10 @@ class GrowingPool:
     def nbytes(self) -> int:
         """Bytes of the pool so far, its scales included."""
         return self._pool.nbytes + (0 if self._scales is None else self._scales.nbytes)
+
+    def __str__(self) -> str:
+        dtype, device = self._pool.dtype, self._pool.device
+        return f"batch={self._batch}, {self._rows}, {dtype} on {device}: {self.nbytes} bytes so far"
 
     def take(self, rows: int) -> Slots:
         """Pages for so many rows; the pool grows first where it must, so that one that cannot loses none.
@@ -81,8 +86,8 @@ class GrowingPool:
         pages = self._pool.flatten(0, 1)
         scales = None if self._scales is None else self._scales.flatten(0, 1)
         tables = (self._arena[: self._batch], self._table(read), self._table(write))
-        out, _ = torch.ops.amskv.attn(q, k, v, pages, *tables, softmax_scale, scales)
-        return out
+        out, _ = torch.ops.amskv.attn(*self._rows.pad(q, k, v), pages, *tables, softmax_scale, scales)
+        return self._rows.cut(out)
 
     def _table(self, extents: Iterable[Extent]) -> Tensor:
         tables = [page_slots(pages, rows, self.page_size) for pages, rows in extents]

@@ -17,6 +17,7 @@ from torch import Tensor
 from amskv_kernels.arguments import check_device, check_index, instance_of, one_of, real_number, whole_number
 from amskv_kernels.cache.growing import GrowingPool, check_page_numbers
 from amskv_kernels.cache.paged import check_qkv
+from amskv_kernels.cache.rows import HeadRows
 from amskv_kernels.calibrate.similarity import key_similarity
 from amskv_kernels.ops.checks import check_pool, refuse_gradients
 from amskv_kernels.planning.layout import PAGE_SIZES
@@ -44,7 +45,7 @@ class OnlineKVCache:
         theta: a layer whose similarity is below it when it overflows turns cache-demanding.
         batch: sequences B; conditional and unconditional ones share each decision.
         kv_heads: Hkv.
-        head_dim: D, 64, 96 or 128.
+        head_dim: as for `PagedKVCache`.
         dtype: of the pages: fp16, bf16, fp32, or int8 with one fp32 scale per row of K and of V.
         device: where the pool lives.
         page_size: rows of a page: 16, 32, 64 or 128.
@@ -78,13 +79,13 @@ class OnlineKVCache:
         if math.isnan(theta):
             raise ValueError("theta is nan; it must be a similarity to compare with")
         one_of("page_size", page_size, PAGE_SIZES)
-        check_pool(batch, kv_heads, head_dim, dtype, device)
+        self._rows = HeadRows(head_dim)
+        check_pool(batch, kv_heads, self._rows.size, dtype, device)
         check_device("device", device)
         check_page_numbers(num_layers * _most_pages(schedule, policy, page_size), page_size, batch * kv_heads)
         self.schedule, self.policy, self.theta, self.page_size = schedule, policy, theta, page_size
         self.num_layers, self.batch, self._sequences = num_layers, batch, batch
-        self._pool = GrowingPool(batch, kv_heads, page_size, head_dim, dtype, device)
-        self._default_scale = 1 / math.sqrt(head_dim)
+        self._pool = GrowingPool(batch, kv_heads, page_size, self._rows, dtype, device)
         self.reset()
 
     def reset(self) -> None:
@@ -96,6 +97,10 @@ class OnlineKVCache:
         self._layers = [
             _Layer(self.policy.c_max if layer in start else self.policy.c_min) for layer in range(self.num_layers)
         ]
+
+    def __repr__(self) -> str:
+        schedule = self.schedule.name
+        return f"OnlineKVCache({schedule}, {self.num_layers} layers, {self.policy!r}, theta={self.theta}, {self._pool})"
 
     @property
     def demanding_layers(self) -> dict[int, int]:
@@ -143,7 +148,7 @@ class OnlineKVCache:
         state = self._layers[layer]
         kept, capacity = self._decide(state, scale, k)
         undecided = capacity == self.policy.c_min < self.policy.c_max
-        factor = self._default_scale if softmax_scale is None else real_number("softmax_scale", softmax_scale)
+        factor = self._rows.softmax_scale if softmax_scale is None else real_number("softmax_scale", softmax_scale)
         tokens = self.schedule.tokens
         fresh = self._pool.take(tokens[scale]) if scale in kept else NO_SLOTS
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from amskv_kernels import ops  # noqa: F401 - registers torch.ops.amskv
 from amskv_kernels.arguments import check_device, instance_of, real_number, whole_number
+from amskv_kernels.cache.rows import HeadRows
 from amskv_kernels.cache.selector import TokenSelector
 from amskv_kernels.ops.checks import PlannedAttn, check_pool, refuse_gradients
 from amskv_kernels.ops.dispatch import Settings, settings
@@ -29,7 +29,7 @@ class PagedKVCache:
         plan: which page holds what, when.
         batch: sequences B (with classifier-free guidance, two per image).
         kv_heads: Hkv.
-        head_dim: D, 64, 96 or 128.
+        head_dim: D, a multiple of 8, at most 128; pages have rows of 64, 96 or 128, padded where D lies between them.
         dtype: of the pages: fp16, bf16, fp32, or int8 with one fp32 scale per row of K and of V.
         device: where the pool lives.
 
@@ -49,7 +49,8 @@ class PagedKVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         instance_of("plan", plan, CachePlan)
-        check_pool(batch, kv_heads, head_dim, dtype, device)
+        self._rows = HeadRows(head_dim)
+        check_pool(batch, kv_heads, self._rows.size, dtype, device)
         check_device("device", device)
         if plan.heads not in (1, kv_heads):
             raise ValueError(f"kv_heads is {kv_heads}; this plan was made for {plan.heads} KV heads")
@@ -58,7 +59,7 @@ class PagedKVCache:
         arenas = batch * kv_heads // plan.heads
         if arenas * plan.pages > torch.iinfo(torch.int32).max:
             raise ValueError(f"the pool would need {arenas * plan.pages} pages; page numbers are 32-bit")
-        shape = (arenas * plan.pages, 2, plan.page_size, head_dim)
+        shape = (arenas * plan.pages, 2, plan.page_size, self._rows.size)
         with torch.inference_mode(False):  # a pool made by a generation in inference mode serves later ones outside
             self.pages = torch.zeros(shape, dtype=dtype, device=device)
             self.page_scales = torch.zeros(shape[:3], device=device) if dtype == torch.int8 else None
@@ -66,12 +67,19 @@ class PagedKVCache:
         self.arena = self._arenas = first.view(batch, -1).repeat_interleave(plan.heads, dim=1)
         self._read, self._write = _upload(plan, self.pages.device)
         self._selector = (
-            None if plan.selection is None else TokenSelector(plan, self.pages, self.arena, self.page_scales)
-        )
+            None
+            if plan.selection is None
+            else TokenSelector(plan, self._rows, self.pages, self.arena, self.page_scales)
+        )  # fmt: skip
         self._turns = _turns(plan, batch)
-        self._default_scale = 1 / math.sqrt(head_dim)
         self._prepared: dict[tuple[Settings, int, int, torch.dtype], Prepared] = {}
         self._calls = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"PagedKVCache({self.plan!r}, batch={self.batch}, {self._rows}, {self.pages.dtype} on "
+            f"{self.pages.device}: {self.nbytes} bytes)"
+        )
 
     @property
     def step(self) -> int:
@@ -156,13 +164,14 @@ class PagedKVCache:
         """
         call = self._calls
         scale = self._checked(call, layer, q, k, v, softmax_scale)
+        q, k, v = self._rows.pad(q, k, v)
         if torch.compiler.is_compiling() or not type(q) is type(self.pages) is Tensor:  # traced: as the op itself
             tables = (self.pages, self.arena, self._read[call], self._write[call])
             out, _ = torch.ops.amskv.attn(q, k, v, *tables, scale, self.page_scales)
         else:
             out = self._ready(call, q.dtype)(q, k, v, scale)
         self._attended(layer, q, k, v, scale)
-        return out
+        return self._rows.cut(out)
 
     def attend_with_lse(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None
@@ -170,10 +179,11 @@ class PagedKVCache:
         """`attend`, for what attends to more than the cache: its output, and lse (B, H, n) fp32 to weigh it by."""
         call = self._calls
         scale = self._checked(call, layer, q, k, v, softmax_scale)
+        q, k, v = self._rows.pad(q, k, v)
         tables = (self.pages, self.arena, self._read[call], self._write[call])
         out, lse = torch.ops.amskv.attn(q, k, v, *tables, scale, self.page_scales)
         self._attended(layer, q, k, v, scale)
-        return out, lse
+        return self._rows.cut(out), lse
 
     def look(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None
@@ -187,9 +197,17 @@ class PagedKVCache:
             raise ValueError(f"step {self.step} has begun; look before layer 0 of a step has attended")
         call = self._calls + whole_number("layer", layer, 0, self.plan.num_layers - 1)
         scale = self._checked(call, layer, q, k, v, softmax_scale)
+        q, k, v = self._rows.pad(q, k, v)
         tables = (self.pages, self.arena, self._read[call], self._read[call][..., :0])
         out, _ = torch.ops.amskv.attn(q, k, v, *tables, scale, self.page_scales)
-        return out
+        return self._rows.cut(out)
+
+    def attend_beside(self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
+        """Attention to k and v alone and its lse, as in `attend_with_lse`: for what lies outside the cache."""
+        none, arena = self.arena.new_empty(1, 1, 0), self.arena
+        q, k, v = self._rows.pad(q, k, v)
+        out, lse = torch.ops.amskv.attn(q, k, v, self.pages, arena, none, none, softmax_scale, self.page_scales)
+        return self._rows.cut(out), lse
 
     def _checked(
         self, call: int, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None
@@ -200,7 +218,7 @@ class PagedKVCache:
         if type(layer) is not int or call >= len(self._turns) or self._turns[call] != (layer, *q.shape[:2]):
             self._check_turn(call, layer, q)
         refuse_gradients(q, k, v)
-        scale = self._default_scale if softmax_scale is None else real_number("softmax_scale", softmax_scale)
+        scale = self._rows.softmax_scale if softmax_scale is None else real_number("softmax_scale", softmax_scale)
         if self._selector is not None:
             self._selector.check(self.step, layer)
         return scale

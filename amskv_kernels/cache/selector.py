@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from amskv_kernels import ops  # noqa: F401 - registers torch.ops.amskv
 from amskv_kernels.arguments import instance_of
+from amskv_kernels.cache.rows import HeadRows
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.planning.tables import Compaction
 from amskv_kernels.policies.base import Selection
@@ -46,14 +47,17 @@ class TokenSelector:
 
     Args:
         plan: of a token policy.
+        rows: how heads lie in the pages.
         pages: the pool.
         arena: (B, Hkv) int32.
         page_scales: of int8 pages.
     """
 
-    def __init__(self, plan: CachePlan, pages: Tensor, arena: Tensor, page_scales: Tensor | None = None) -> None:
+    def __init__(
+        self, plan: CachePlan, rows: HeadRows, pages: Tensor, arena: Tensor, page_scales: Tensor | None = None
+    ) -> None:  # fmt: skip
         assert plan.selection is not None
-        self.plan, self.selection = plan, plan.selection
+        self.plan, self.selection, self._rows = plan, plan.selection, rows
         self._pages, self._arena, self._page_scales = pages, arena, page_scales
         self._tables: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}  # observers, always, slots
         for call, at in _calls(plan):
@@ -89,12 +93,13 @@ class TokenSelector:
         instance_of("x", x, Tensor)
         instance_of("weight", weight, Tensor)
         if self.selection.raw_queries and (step, layer) in self._tables:
-            _check_projection(x, weight, self._arena.shape[0], self.plan.schedule.tokens[step], self._pages.shape[3])
+            head_dim = self._rows.head_dim
+            _check_projection(x, weight, self._arena.shape[0], self.plan.schedule.tokens[step], head_dim)
             observing = x.index_select(1, self._tables[step, layer][0])
             both = torch.promote_types(x.dtype, weight.dtype)
             with torch.autocast(x.device.type, enabled=False):  # the same tokens stay with autocast and without
                 raw = F.linear(observing.to(both), weight.to(both))
-            self._raw = raw.unflatten(2, (-1, self._pages.shape[3]))
+            self._raw = self._rows.row_of(raw.unflatten(2, (-1, head_dim)))
 
     def check(self, step: int, layer: int) -> None:
         """Raise ValueError where raw queries are needed and `prepare` has not been called."""
@@ -105,7 +110,7 @@ class TokenSelector:
             )
 
     def after(self, step: int, layer: int, q: Tensor, k: Tensor, v: Tensor, read: Tensor, softmax_scale: float) -> None:
-        """What follows the attention of a call: arguments as it had them, `read` its read slots.
+        """What follows the attention of a call: arguments in rows as it had them, `read` its read slots.
 
         Everything that is remembered is remembered last, so that a call that fails can be made again.
         """
@@ -136,7 +141,7 @@ class TokenSelector:
         """(B, Hkv, held + n) fp32 in the order of the keys."""
         if self.selection.raw_queries:
             assert self._raw is not None
-            observing, softmax_scale = self._raw.to(q.dtype), 1 / math.sqrt(q.shape[3])
+            observing, softmax_scale = self._raw.to(q.dtype), self._rows.softmax_scale
         elif self.selection.observers == "all":
             observing = q
         else:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from amskv_kernels.arguments import check_device, instance_of, one_of, real_number, whole_number
 from amskv_kernels.cache.growing import Extent, GrowingPool
 from amskv_kernels.cache.paged import check_qkv
+from amskv_kernels.cache.rows import HeadRows
 from amskv_kernels.ops.checks import check_pool, refuse_gradients
 from amskv_kernels.planning.layout import PAGE_SIZES
 from amskv_kernels.planning.pages import NO_SLOTS
@@ -29,7 +28,7 @@ class UnplannedKVCache:
         policy: of whole scales, the same for all heads of a layer.
         batch: sequences B.
         kv_heads: Hkv.
-        head_dim: D, 64, 96 or 128.
+        head_dim: as for `PagedKVCache`.
         dtype: of the pages: fp16, bf16, fp32 or int8.
         device: where the pool lives.
         page_size: rows of a page: 16, 32, 64 or 128.
@@ -62,11 +61,11 @@ class UnplannedKVCache:
         num_layers = whole_number("num_layers", num_layers, 1)
         policy.check_fits(schedule, num_layers)
         one_of("page_size", page_size, PAGE_SIZES)
-        check_pool(batch, kv_heads, head_dim, dtype, device)
+        self._rows = HeadRows(head_dim)
+        check_pool(batch, kv_heads, self._rows.size, dtype, device)
         check_device("device", device)
         self.schedule, self.policy, self.num_layers, self.batch = schedule, policy, num_layers, batch
-        self._pool = GrowingPool(batch, kv_heads, page_size, head_dim, dtype, device)
-        self._default_scale = 1 / math.sqrt(head_dim)
+        self._pool = GrowingPool(batch, kv_heads, page_size, self._rows, dtype, device)
         self.reset()
 
     def reset(self) -> None:
@@ -74,6 +73,9 @@ class UnplannedKVCache:
         self.step = self.layer = 0
         self._pool.reset()
         self._held: list[dict[int, Extent]] = [{} for _ in range(self.num_layers)]
+
+    def __repr__(self) -> str:
+        return f"UnplannedKVCache({self.schedule.name}, {self.num_layers} layers, {self.policy!r}, {self._pool})"
 
     @property
     def nbytes(self) -> int:
@@ -113,7 +115,7 @@ class UnplannedKVCache:
                 f"{self.step}, {self.batch} sequences"
             )
         refuse_gradients(q, k, v)
-        factor = self._default_scale if softmax_scale is None else real_number("softmax_scale", softmax_scale)
+        factor = self._rows.softmax_scale if softmax_scale is None else real_number("softmax_scale", softmax_scale)
         held, step, rows = self._held[layer], self.step, k.shape[1]
         now = [held[scale] for scale in self.policy.visible(self.schedule, layer, step) if scale in held]
         last = step == len(self.schedule) - 1

@@ -15,6 +15,7 @@ from amskv_kernels.cache import PagedKVCache
 from amskv_kernels.calibrate import LossRecorder
 from amskv_kernels.models import VAR, VQVAE, ConcatKVCache, Generation
 from amskv_kernels.models.infinity import InfinityStack, Text
+from amskv_kernels.planning.layout import row_size
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.policies import Full, Policy
 from amskv_kernels.schedule import ScaleSchedule
@@ -60,10 +61,15 @@ class Subject(ABC):
         return CachePlan.build(self.shape.schedule, policy, self.shape.layers, kv_heads=self.shape.kv_heads)
 
     def image_bytes(self, plan: CachePlan) -> float:
-        """Bytes of the pool per image, two sequences each; rows of eight bits have a scale in fp32."""
-        row = self.shape.head_dim + 4 if self.eight_bit else self.shape.head_dim * self.dtype.itemsize
+        """Bytes of the pool per image, two sequences each."""
         rows = 2 * self.shape.kv_heads * plan.allocated_tokens / plan.heads
-        return rows * 2 * row
+        return rows * 2 * self.row_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of K or of V in its page; one of eight bits has a scale in fp32."""
+        row = row_size("head_dim", self.shape.head_dim)
+        return row + 4 if self.eight_bit else row * self.dtype.itemsize
 
     def _wait(self) -> float:
         if self.device.type == "cuda":

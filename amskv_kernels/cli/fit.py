@@ -132,7 +132,7 @@ def _budget(arguments: argparse.Namespace, subject: Subject, losses: Losses) -> 
     shape, allowed = subject.shape, arguments.memory / arguments.images
     if subject.image_bytes(subject.plan(Full())) <= allowed:
         return Tokens(shape.schedule.prefix)
-    token = 2 * shape.layers * shape.kv_heads * 2 * shape.head_dim * _element(subject)
+    token = 2 * shape.layers * shape.kv_heads * 2 * subject.row_bytes
     least = token * max(1, sum(shape.schedule.tokens[: arguments.protected]))
     count = float(allowed / token)
     for _ in range(TRIES):
@@ -146,10 +146,6 @@ def _budget(arguments: argparse.Namespace, subject: Subject, losses: Losses) -> 
         f"--memory is {allowed / MIB:.2f} MiB for each of {arguments.images} images; one image needs at least "
         f"{least / MIB:.2f} MiB, and pages rounded up"
     )
-
-
-def _element(subject: Subject) -> int:
-    return int(subject.dtype.itemsize)
 
 
 def _policies(arguments: argparse.Namespace, subject: Subject, losses: Losses, budget: Budget) -> dict[str, Policy]:

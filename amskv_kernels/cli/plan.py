@@ -47,8 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
         from amskv_kernels.cli import plots
         from amskv_kernels.planning.memory import MIB, PAIR_BYTES
 
-        pairs = {"ours": PAIR_BYTES[arguments.dtype], "stock": STOCK_PAIR_BYTES}
-        token_bytes = {name: round(token_mib(shape, memory.sequences, pair) * MIB) for name, pair in pairs.items()}
+        pairs = {"ours": (PAIR_BYTES[arguments.dtype], memory.row), "stock": (STOCK_PAIR_BYTES, shape.head_dim)}
+        token_bytes = {name: round(token_mib(shape, memory.sequences, *pair) * MIB) for name, pair in pairs.items()}
         title = f"{shape.name}, {counted(arguments.images, 'image')}, {arguments.dtype}"
         plots.timeline({arguments.policy: plan}, token_bytes, title, arguments.plot)
     if arguments.json:
@@ -71,6 +71,7 @@ def _lines(memory: MemoryReport, settings: str, chosen: bool) -> list[str]:
     dropped = "tokens" if chosen else "scales"
     kept = "lossless" if memory.lossless else f"approximate: some earlier {dropped} are dropped"
     of_prefix = f"{shares(memory.kept_of_prefix)} of those before the last scale"
+    padded = f"of both: there are no kernels of this head size, heads lie in rows of {memory.row}"
     held = f"{memory.retained_tokens_per_layer:.1f} of {memory.total_tokens} tokens per layer"
     return [
         f"{memory.model} ({memory.schedule}), {drawn}, {memory.dtype}",
@@ -78,6 +79,7 @@ def _lines(memory: MemoryReport, settings: str, chosen: bool) -> list[str]:
         line("needed", memory.needed_mib, "free on the device for keys and values, known before step 1"),
         line("  pool", memory.allocated_mib, f"pages of {memory.page_size} tokens, made before step 1"),
         line("  in flight", memory.in_flight_mib, "K, V of the largest map while a layer attends"),
+        *([line("  padding", memory.padding_mib, padded)] if memory.padding_mib else []),
         *([line("  scores", memory.scores_mib, "attention added up, in fp32")] if memory.scores_mib else []),
         line("stock", memory.stock_mib, "every token, fp32 K and 16-bit V"),
         f"saved      {memory.saved:12.1%} of stock's bytes",

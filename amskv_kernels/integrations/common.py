@@ -14,6 +14,7 @@ from amskv_kernels.cache import PagedKVCache
 from amskv_kernels.integrations.caches import Cache, Caches
 from amskv_kernels.integrations.modules import Binding, PatchedModule, eager, stock
 from amskv_kernels.models.attention import Observer
+from amskv_kernels.planning.layout import HEAD_DIMS, row_size
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.schedule import ScaleSchedule
 
@@ -272,8 +273,14 @@ def complex_turns(freqs: Tensor) -> tuple[Tensor, Tensor]:
 def prepared(
     qkv: Tensor, kv_heads: int, length: Tensor | None, cos: Tensor | None, sin: Tensor | None, l2_norm: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`torch.ops.amskv.prepare_qk`, which knows of one angle per token; those of each sequence are given in a row."""
-    batch, n = qkv.shape[:2]
+    """`torch.ops.amskv.prepare_qk`, which knows of one angle per token and has kernels for some head sizes: angles of
+    each sequence are given in a row, heads between two sizes in the larger one."""
+    batch, n, _, head_dim = qkv.shape
+    if head_dim not in HEAD_DIMS:
+        more = row_size("head_dim", head_dim) - head_dim  # zeros, which any angle turns into zeros
+        cos, sin = (None if each is None else F.pad(each, (0, more // 2)) for each in (cos, sin))
+        q, k = prepared(F.pad(qkv, (0, more)), kv_heads, length, cos, sin, l2_norm)
+        return q[..., :head_dim], k[..., :head_dim]
     if cos is None or len(cos) == n:
         q, k = torch.ops.amskv.prepare_qk(qkv, kv_heads, length, cos, sin, l2_norm)
         return q, k

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from amskv_kernels.arguments import one_of
 from amskv_kernels.integrations.common import Patch
 from amskv_kernels.integrations.modules import (
     missing_of,
@@ -13,7 +12,7 @@ from amskv_kernels.integrations.modules import (
     require_signature,
     unwrapped,
 )
-from amskv_kernels.planning.layout import HEAD_DIMS
+from amskv_kernels.planning.layout import row_size
 
 
 class Family(NamedTuple):
@@ -64,7 +63,7 @@ class Family(NamedTuple):
             require(module, name, (*self.attributes, "kv_caching"), self.name)
             require_signature(module, name, "forward", self.takes, self.name)
             require_signature(module, name, "kv_caching", ("enable",), self.name)
-            one_of(f"{name}.head_dim", module.head_dim, HEAD_DIMS)
+            row_size(f"{name}.head_dim", module.head_dim)
         if not modules:
             raise TypeError(f"model.{self.layers} is empty; a model to patch has at least one layer")
         return modules

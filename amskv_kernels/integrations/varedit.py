@@ -88,9 +88,7 @@ class PatchedVAREdit(PatchedInfinity):
         assert self._source is not None and told.sizes is not None
         out, lse = cache.attend_with_lse(layer, *qkv, scale)
         k, v = (_averaged(each, told.sizes[-1], told.sizes[told.scale]).to(out.dtype) for each in self._source)
-        none = cache.arena.new_empty(1, 1, 0)
-        tables = (cache.pages, cache.arena, none, none, scale, cache.page_scales)
-        return _joined(out, lse, *torch.ops.amskv.attn(qkv[0], k, v, *tables))
+        return _joined(out, lse, *cache.attend_beside(qkv[0], k, v, scale))
 
 
 def _averaged(x: Tensor, size: tuple[int, int, int], to: tuple[int, int, int]) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from amskv_kernels.arguments import instance_of, one_of, shown, whole_number
-from amskv_kernels.planning.layout import HEAD_DIMS
+from amskv_kernels.arguments import instance_of, shown, whole_number
+from amskv_kernels.planning.layout import row_size
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.shapes import ModelShape
 
@@ -21,12 +21,16 @@ MOST_IMAGES = 2**31 - 1  # beyond any pool, whose pages are numbered in 32 bits
 class MemoryReport:
     """Memory of one batch, all layers and heads, in MiB; tokens are per layer, sequence and head.
 
+    What papers count (retained, peak) is of tokens alone: pages not rounded up, rows not padded.
+
     Attributes:
+        row: elements of a page's row: D, or the next size that has kernels.
         needed_mib: what must be free for keys and values: the pool, the largest scale in flight, and summed scores.
         saved: the share of stock_mib that is not needed. Stock code needs more than stock_mib, a copy of each layer's
             cache while it concatenates, which is not counted for us.
         allocated_mib: the pool, pages rounded up; made before the first step.
         in_flight_mib: K, V of the largest scale, which a layer has beside the pages while it attends.
+        padding_mib: what of the pool and of the scale in flight is rows' padding.
         scores_mib: the attention that a policy adds up for every key it holds (H2O), in fp32; 0 for others.
         stock_mib: every token of every scale in stock's 6 bytes per (K, V) element pair.
         retained_mib: what all layers hold between steps, at the widest step, as papers count.
@@ -48,6 +52,7 @@ class MemoryReport:
     sequences: int
     dtype: str
     page_size: int
+    row: int
     pages_per_sequence_and_head: int
     total_tokens: int
     prefix_tokens: int
@@ -56,6 +61,7 @@ class MemoryReport:
     saved: float
     allocated_mib: float
     in_flight_mib: float
+    padding_mib: float
     scores_mib: float
     stock_mib: float
     retained_mib: float
@@ -83,9 +89,9 @@ def shares(kept: float) -> str:
     return f"{kept:.1%} kept, {1 - kept:.1%} saved"
 
 
-def token_mib(shape: ModelShape, sequences: int, pair_bytes: int) -> float:
-    """MiB of one token in one layer over all sequences and KV heads."""
-    return shape.kv_heads * shape.head_dim * pair_bytes * sequences / MIB
+def token_mib(shape: ModelShape, sequences: int, pair_bytes: int, row: int | None = None) -> float:
+    """MiB of one token in one layer over all sequences and KV heads, in rows of D elements unless told."""
+    return shape.kv_heads * (row or shape.head_dim) * pair_bytes * sequences / MIB
 
 
 def report(
@@ -106,16 +112,16 @@ def report(
     instance_of("cfg", cfg, bool)
     if not isinstance(dtype, str) or dtype not in PAIR_BYTES:
         raise ValueError(f"dtype is {shown(dtype)}; it must be one of {', '.join(PAIR_BYTES)}")
-    one_of("head_dim", shape.head_dim, HEAD_DIMS)
+    pair, row = PAIR_BYTES[dtype], row_size("head_dim", shape.head_dim)
     schedule, sequences = shape.schedule, images * (2 if cfg else 1)
-    ours, stock = (token_mib(shape, sequences, pair) for pair in (PAIR_BYTES[dtype], STOCK_PAIR_BYTES))
+    ours, stored, stock = (token_mib(shape, sequences, *each) for each in ((pair,), (pair, row), (STOCK_PAIR_BYTES,)))
     # Where heads differ, a plan counts the tokens of all of them.
     retained, peak, allocated, in_flight = (
         tokens / plan.heads
         for tokens in (plan.retained_tokens, plan.peak_tokens, plan.allocated_tokens, plan.in_flight_tokens)
     )
     scores_mib = plan.summed_scores * SCORE_BYTES * shape.kv_heads * sequences / MIB
-    needed_mib, stock_mib = (allocated + in_flight) * ours + scores_mib, schedule.total * shape.layers * stock
+    needed_mib, stock_mib = (allocated + in_flight) * stored + scores_mib, schedule.total * shape.layers * stock
     kept_of_all = retained / (schedule.total * shape.layers)
     kept_of_prefix = retained / (schedule.prefix * shape.layers) if schedule.prefix else 1.0
     return MemoryReport(
@@ -126,14 +132,16 @@ def report(
         sequences=sequences,
         dtype=dtype,
         page_size=plan.page_size,
+        row=row,
         pages_per_sequence_and_head=-(-plan.pages // plan.heads),
         total_tokens=schedule.total,
         prefix_tokens=schedule.prefix,
         retained_tokens_per_layer=retained / shape.layers,
         needed_mib=needed_mib,
         saved=1 - needed_mib / stock_mib,
-        allocated_mib=allocated * ours,
-        in_flight_mib=in_flight * ours,
+        allocated_mib=allocated * stored,
+        in_flight_mib=in_flight * stored,
+        padding_mib=(allocated + in_flight) * (stored - ours),
         scores_mib=scores_mib,
         stock_mib=stock_mib,
         retained_mib=retained * ours,

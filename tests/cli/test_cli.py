@@ -61,6 +61,12 @@ def test_plan_by_dtype_and_guidance(capsys):
     assert figures("--schedule", "var-512")["prefix_tokens"] == 1216
 
 
+def test_plan_says_what_rows_cost_heads_without_kernels(capsys):
+    _, out, _ = run(capsys, "plan", "--model", "infinity-layer32", "--policy", "full")
+    assert "MiB  of both: there are no kernels of this head size, heads lie in rows of 128\n" in out
+    assert "padding" not in run(capsys, "plan", "--model", "infinity-2b", "--policy", "full")[1]
+
+
 def test_plan_draws(capsys, tmp_path):
     code, out, _ = run(
         capsys, "plan", "--model", "var-d16", "--policy", "sink:2,1", "--plot", str(tmp_path / "p" / "plan.png")

@@ -62,9 +62,9 @@ class Block(nn.Module):
 
 
 class VAR(nn.Module):
-    def __init__(self, depth=3, heads=2, attn_l2_norm=True, patch_nums=(1, 2, 3, 5)):
+    def __init__(self, depth=3, heads=2, attn_l2_norm=True, patch_nums=(1, 2, 3, 5), head_dim=64):
         super().__init__()
-        width = 64 * heads
+        width = head_dim * heads
         self.patch_nums = patch_nums
         self.start = nn.Embedding(11, width)
         self.places = nn.Parameter(torch.randn(1, sum(p * p for p in patch_nums), width))

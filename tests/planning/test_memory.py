@@ -1,5 +1,7 @@
 """The memory that a plan announces is what a generation takes, to the byte."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -26,24 +28,29 @@ POLICIES = {
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize(("images", "cfg", "dtype"), [(1, True, "bf16"), (3, False, "fp32"), (2, True, "fp16")])
-def test_what_is_needed_is_what_a_generation_takes(name, images, cfg, dtype):
+@pytest.mark.parametrize(
+    ("images", "cfg", "dtype", "head_dim"),
+    [(1, True, "bf16", 64), (3, False, "fp32", 64), (2, True, "fp16", 64), (1, True, "bf16", 104)],
+)
+def test_what_is_needed_is_what_a_generation_takes(name, images, cfg, dtype, head_dim):
     plan = CachePlan.build(SCHEDULE, POLICIES[name], SHAPE.layers, kv_heads=SHAPE.kv_heads)
-    memory = report(plan, SHAPE, name, images, dtype, cfg)
+    memory = report(plan, replace(SHAPE, head_dim=head_dim), name, images, dtype, cfg)
     batch = images * (2 if cfg else 1)
-    cache = PagedKVCache(plan, batch=batch, kv_heads=2, head_dim=64, dtype=DTYPES[dtype])
+    cache = PagedKVCache(plan, batch=batch, kv_heads=2, head_dim=head_dim, dtype=DTYPES[dtype])
     in_flight = scores = 0
     for n in SCHEDULE.tokens:
         for layer in range(SHAPE.layers):
-            q, k, v = torch.randn(batch, n, 8, 64).to(DTYPES[dtype]).split([4, 2, 2], dim=2)
+            q, k, v = torch.randn(batch, n, 8, head_dim).to(DTYPES[dtype]).split([4, 2, 2], dim=2)
             cache.attend(layer, q, k, v)
-            in_flight = max(in_flight, (k.numel() + v.numel()) * k.element_size())
+            in_flight = max(in_flight, 2 * batch * n * 2 * cache.pages.shape[3] * k.element_size())
             sums = {} if cache._selector is None else cache._selector._sums
             scores = max(scores, sum(each.numel() * each.element_size() for each in sums.values()))
     assert memory.allocated_mib * MIB == cache.nbytes == cache.pages.untyped_storage().nbytes()
     assert memory.in_flight_mib * MIB == in_flight
     assert memory.scores_mib * MIB == scores
     assert memory.needed_mib * MIB == cache.nbytes + in_flight + scores
+    assert memory.row == cache.pages.shape[3]
+    assert memory.padding_mib * MIB == (cache.nbytes + in_flight) * (memory.row - head_dim) / memory.row
     assert memory.saved == 1 - memory.needed_mib / memory.stock_mib
     assert (scores > 0) == (name == "h2o")
 
