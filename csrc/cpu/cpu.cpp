@@ -3,6 +3,12 @@
 #include <algorithm>
 #include <cstring>
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace amskv::cpu {
 
 AttnCut cut_attn(const AttnParams& p, int threads) {
@@ -19,6 +25,17 @@ AttnCut cut_attn(const AttnParams& p, int threads) {
     return cut;
 }
 
+#ifdef __x86_64__
+// Whether there are tiles of bf16 and Linux lets this process use them, which it must be asked for.
+static bool may_use_amx() {
+    constexpr unsigned kTileBits = 1u << 22 | 1u << 24;  // of EDX of CPUID 7: AMX-BF16 and AMX-TILE
+    constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTileBits) == kTileBits &&
+           syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+}
+#endif
+
 const InstructionSet* instruction_set(int rank) {
     if (rank == 0) return &kPlain;
 #ifdef __x86_64__
@@ -26,7 +43,10 @@ const InstructionSet* instruction_set(int rank) {
     static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (rank == 1 && avx2) return &kAvx2;
+    static const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16"), amx = bf16 && may_use_amx();
     if (rank == 2 && avx512) return &kAvx512;
+    if (rank == 3 && bf16) return &kAvx512bf16;
+    if (rank == 4 && amx) return &kAmx;
 #endif
     return nullptr;
 }

@@ -11,6 +11,9 @@ inline constexpr int kTile = 64;       // query rows of a tile
 inline constexpr int kBlock = 96;      // keys of a block: its scores, or its V rows, stay in a first-level cache
 inline constexpr int kMostTiles = 16;  // tiles of a task, which share each block of keys
 inline constexpr int kMostHeadDim = 128;
+inline constexpr int kPairBlock = 128;  // keys of a block in bf16: a multiple of 32, which AMX multiplies at a time
+inline constexpr int kPairRows = 32;    // query rows that take a block in bf16 at a time
+inline constexpr int kLineBytes = 64;   // of a cache
 inline constexpr int kPastEnd = 8;  // rows past the last that a kernel may touch
 
 // How a call of attn is cut. A task is up to kMostTiles tiles of query rows of one KV head; the query heads that share
@@ -24,10 +27,18 @@ struct AttnCut {
 
 AttnCut cut_attn(const AttnParams& params, int threads);
 
+// Elements of 16 bits.
+struct Half {
+    uint16_t bits;
+};
+struct BFloat16 {
+    uint16_t bits;
+};
+
 // What one tile carries from block to block.
 struct alignas(64) Tile {
-    float q[kMostHeadDim * kTile];                   // [d][row]
-    float out[(kTile + kPastEnd) * kMostHeadDim];    // [row][d]
+    float q[kMostHeadDim * kTile];                   // [d][row]; in bf16 [pair of d][row]
+    float out[(kTile + kPastEnd) * kMostHeadDim];    // [row][d]; in bf16 [d][row]
     float largest[kTile], total[kTile];              // of a row's scores and weights
     int32_t rows, vectors;                           // vectors of rows that are in use
 };
@@ -40,6 +51,11 @@ struct alignas(64) Scratch {
     float key_copies[kBlock * kMostHeadDim], value_copies[kBlock * kMostHeadDim];
     const float* keys[kBlock + kPastEnd];
     const float* values[kBlock];
+    // In bf16: [key][d], [d][key], [key][row], [pair of keys][row].
+    alignas(64) BFloat16 packed_keys[kPairBlock * kMostHeadDim], packed_values[kMostHeadDim * kPairBlock];
+    BFloat16 zeros[kMostHeadDim];
+    alignas(64) float pair_scores[kPairBlock * kPairRows];
+    uint32_t pair_weights[kPairBlock / 2 * kPairRows];
 };
 
 // qkv (B, n, H + 2 · Hkv, D) → q (B, n, H, D) and k (B, n, Hkv, D), contiguous.
@@ -59,7 +75,7 @@ struct InstructionSet {
     void (*prepare_qk)(const PrepareParams&, int64_t token);  // `token` of all batch · n
 };
 
-extern const InstructionSet kPlain, kAvx2, kAvx512;
+extern const InstructionSet kPlain, kAvx2, kAvx512, kAvx512bf16, kAmx;
 
 // Those of this machine, plain code first; null past the best.
 const InstructionSet* instruction_set(int rank);

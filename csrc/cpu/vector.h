@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "cpu/cpu.h"
+
 namespace amskv::cpu {
 namespace {
 
@@ -22,24 +24,26 @@ inline constexpr float kInfinity = __builtin_inff();
 
 typedef float Vec __attribute__((vector_size(kVectorBytes), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(kVectorBytes), may_alias));
+typedef uint16_t Words __attribute__((vector_size(kVectorBytes), may_alias));
 typedef float VecAnywhere __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
 typedef uint16_t HalvesAnywhere __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
 
 inline Bits bits_of(Vec x) { return reinterpret_cast<Bits>(x); }
 inline Vec from_bits(Bits x) { return reinterpret_cast<Vec>(x); }
 inline Vec broadcast(float x) { return x - Vec{}; }
+inline bool all_are(Vec x, float value) {
+    const Bits other = x != value;
+    for (int i = 0; i < kLanes; ++i) {
+        if (other[i]) return false;
+    }
+    return true;
+}
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN
 
 inline Vec load(const float* from) { return *reinterpret_cast<const VecAnywhere*>(from); }
 inline void store(float* to, Vec x) { *reinterpret_cast<VecAnywhere*>(to) = x; }
 
 // Elements of 16 bits, in integer arithmetic that every instruction set has.
-struct Half {
-    uint16_t bits;
-};
-struct BFloat16 {
-    uint16_t bits;
-};
 
 inline Bits widen(const void* from) { return __builtin_convertvector(*static_cast<const HalvesAnywhere*>(from), Bits); }
 inline void narrow(void* to, Bits x) { *static_cast<HalvesAnywhere*>(to) = __builtin_convertvector(x, HalvesAnywhere); }
@@ -69,6 +73,11 @@ inline void store(Half* to, Vec x) {
     narrow(to, sign | (x != x ? Bits{} + 0x7e00 : bounded));
 }
 
+// Two elements of 16 bits in each lane, as they are.
+inline Vec load_pairs(const BFloat16* from) { return load(reinterpret_cast<const float*>(from)); }
+inline void store_pairs(BFloat16* to, Vec x) { store(reinterpret_cast<float*>(to), x); }
+inline void store(uint32_t* to, Bits x) { store(reinterpret_cast<float*>(to), from_bits(x)); }
+
 // a0 b0 a1 b1 … of the lower halves of a and b, or of the upper ones.
 inline Vec interleave(Vec a, Vec b, bool upper) {
     Bits lane;
@@ -80,6 +89,34 @@ inline Vec interleave(Vec a, Vec b, bool upper) {
 #else
     return __builtin_shuffle(a, b, lane);
 #endif
+}
+
+// a0 b0 a1 b1 a2 b2 a3 b3 of each 8 elements of 16 bits, the lower 4 or the upper ones.
+inline Vec interleave_words(Vec a, Vec b, bool upper) {
+    Words x = reinterpret_cast<Words>(a), y = reinterpret_cast<Words>(b), word;
+    for (int i = 0; i < 2 * kLanes; ++i) word[i] = i / 8 * 8 + i % 8 / 2 + (upper ? 4 : 0) + i % 2 * 2 * kLanes;
+#ifdef __clang__
+    Words mixed;
+    for (int i = 0; i < 2 * kLanes; ++i) mixed[i] = i % 2 ? y[word[i] - 2 * kLanes] : x[word[i]];
+    return reinterpret_cast<Vec>(mixed);
+#else
+    return reinterpret_cast<Vec>(__builtin_shuffle(x, y, word));
+#endif
+}
+
+// Turns the rows of a square into its columns: a perfect shuffle of rows and lanes, as often as halves them to one.
+inline void transpose(Vec (&x)[kLanes]) {
+    Vec y[kLanes];
+#pragma GCC unroll 4
+    for (int step = 1; step < kLanes; step *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kLanes / 2; ++i) {
+            y[2 * i] = interleave(x[i], x[i + kLanes / 2], false);
+            y[2 * i + 1] = interleave(x[i], x[i + kLanes / 2], true);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) x[i] = y[i];
+    }
 }
 
 // 2 to the power of x ≤ 0, within 2 units in the last place; 0 below −126.5, NaN for NaN.
