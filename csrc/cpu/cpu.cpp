@@ -1,6 +1,7 @@
 #include "cpu/cpu.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #ifdef __x86_64__
@@ -37,18 +38,30 @@ static bool may_use_amx() {
 #endif
 
 const InstructionSet* instruction_set(int rank) {
-    if (rank == 0) return &kPlain;
 #ifdef __x86_64__
-    static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (rank == 1 && avx2) return &kAvx2;
-    static const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16"), amx = bf16 && may_use_amx();
-    if (rank == 2 && avx512) return &kAvx512;
-    if (rank == 3 && bf16) return &kAvx512bf16;
-    if (rank == 4 && amx) return &kAmx;
+    static const auto found = [] {
+        constexpr int kMost = 5;
+        std::array<const InstructionSet*, kMost + 1> sets{&kPlain};
+        int count = 1;
+        const auto add = [&](bool there, const InstructionSet& set) {
+            if (there) sets[count++] = &set;
+        };
+        const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+        const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+        const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+        const bool slow = __builtin_cpu_is("intel");  // a pair in four times the clocks of one fused product in fp32
+        add(avx2, kAvx2);
+        add(bf16 && slow, kAvx512bf16);
+        add(avx512, kAvx512);
+        add(bf16 && !slow, kAvx512bf16);
+        add(bf16 && may_use_amx(), kAmx);
+        return sets;
+    }();
+    return found[rank];
+#else
+    return rank == 0 ? &kPlain : nullptr;
 #endif
-    return nullptr;
 }
 
 void store_rows(const AppendParams& p, int batch, int head) {

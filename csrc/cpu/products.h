@@ -90,10 +90,12 @@ void multiply(const Product& p) {
         const uint32_t* const a = p.a + row * p.a_stride;
         float* const c = p.c + row * p.c_stride;
         Vec sum[8][kColumns] = {};
+        if (p.add) {
 #pragma GCC unroll 8
-        for (int i = 0; i < 8 && p.add; ++i) {
+            for (int i = 0; i < 8; ++i) {
 #pragma GCC unroll 2
-            for (int j = 0; j < kColumns; ++j) sum[i][j] = load(c + i * p.c_stride + 16 * j);
+                for (int j = 0; j < kColumns; ++j) sum[i][j] = load(c + i * p.c_stride + 16 * j);
+            }
         }
         for (int pair = 0; pair < p.pairs; ++pair) {
             __m512bh part[kColumns];
