@@ -49,8 +49,8 @@ void begin_tile(const AttnParams& p, int batch, int head, int first, int rows, T
     for (int i = 0; i < rows * p.head_dim; i += kLanes) store(tile.out + i, Vec{});
 }
 
-// K and V of a block as fp32, as pointers to its rows. fp32 rows of a page are read where they lie; those of the current
-// scale are far apart and read many times, so they are copied.
+// K and V of a block as fp32, as pointers to its rows. fp32 rows of a page are read where they lie; those of the
+// current scale are far apart and read many times, so they are copied.
 template <typename T>
 void load_block(const Keys<T, kBlock>& keys, int head_dim, Scratch& scratch) {
     const int in_place = sizeof(T) == sizeof(float) ? keys.paged : 0;

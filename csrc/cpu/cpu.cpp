@@ -44,7 +44,7 @@ const InstructionSet* instruction_set(int rank) {
         std::array<const InstructionSet*, kMost + 1> sets{&kPlain};
         int count = 1;
         const auto add = [&](bool there, const InstructionSet& set) {
-            if (there) sets[count++] = &set;
+            if (there && set.attn) sets[count++] = &set;
         };
         const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
         const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -69,6 +69,7 @@ struct PrepareParams {
     float eps;
 };
 
+// All null where the compiler does not know the set.
 struct InstructionSet {
     const char* name;
     void (*attn)(const AttnParams&, const AttnCut&, int64_t task, Scratch&);

@@ -42,7 +42,8 @@ public:
 // Tiles 0 … 3 hold C, 4 and 5 A, 6 and 7 B. The intrinsics do not tell the compiler that they touch memory.
 template <int kColumns>
 void multiply(const Product& p) {
-    const int64_t a_bytes = int64_t{p.a_stride} * 4, b_bytes = int64_t{p.b_stride} * 4, c_bytes = int64_t{p.c_stride} * 4;
+    const int64_t a_bytes = 4 * int64_t{p.a_stride}, b_bytes = 4 * int64_t{p.b_stride};
+    const int64_t c_bytes = 4 * int64_t{p.c_stride};
     asm volatile("" ::: "memory");
     for (int row = 0; row < p.rows; row += 32) {
         const uint32_t* const a = p.a + row * p.a_stride;

@@ -100,8 +100,10 @@ inline AttnTask begin_task(const AttnParams& p, const AttnCut& cut, int64_t task
     const int part = task % cut.tasks_per_head;
     AttnTask found{};
     found.head = task / cut.tasks_per_head % p.kv_heads, found.batch = task / cut.tasks_per_head / p.kv_heads;
-    if (part == 0)
-        store_rows({p.k, p.v, p.pool, p.write, p.batch, p.tokens, p.kv_heads, p.head_dim, p.dtype}, found.batch, found.head);
+    if (part == 0) {
+        const AppendParams rows{p.k, p.v, p.pool, p.write, p.batch, p.tokens, p.kv_heads, p.head_dim, p.dtype};
+        store_rows(rows, found.batch, found.head);
+    }
     found.row = part * cut.tiles_per_task * cut.rows_per_tile;
     const int left = (cut.rows - found.row + cut.rows_per_tile - 1) / cut.rows_per_tile;
     found.tiles = left < cut.tiles_per_task ? left : cut.tiles_per_task;

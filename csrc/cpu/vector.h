@@ -30,6 +30,7 @@ typedef float Vec __attribute__((vector_size(kVectorBytes), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(kVectorBytes), may_alias));
 typedef uint16_t Words __attribute__((vector_size(kVectorBytes), may_alias));
 typedef float VecAnywhere __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+typedef float PairsAnywhere __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
 typedef uint16_t HalvesAnywhere __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
 
 inline Bits bits_of(Vec x) { return reinterpret_cast<Bits>(x); }
@@ -88,8 +89,8 @@ inline void store(Half* to, Vec x) {
 }
 
 // Two elements of 16 bits in each lane, as they are.
-inline Vec load_pairs(const BFloat16* from) { return load(reinterpret_cast<const float*>(from)); }
-inline void store_pairs(BFloat16* to, Vec x) { store(reinterpret_cast<float*>(to), x); }
+inline Vec load_pairs(const BFloat16* from) { return *reinterpret_cast<const PairsAnywhere*>(from); }
+inline void store_pairs(BFloat16* to, Vec x) { *reinterpret_cast<PairsAnywhere*>(to) = x; }
 inline void store(uint32_t* to, Bits x) { store(reinterpret_cast<float*>(to), from_bits(x)); }
 
 // a0 b0 a1 b1 … of the lower halves of a and b, or of the upper ones.

@@ -1,6 +1,7 @@
 // Random calls of the CPU kernels in every instruction set, each array on the heap with not an element to spare,
 // against the definition in double. Exits with 1 at the first difference; test_cpu_sanitized.py compiles it.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -19,14 +20,23 @@ std::mt19937 rng(20260101);
 int below(int limit) { return static_cast<int>(rng() % limit); }
 float normal() { return std::normal_distribution<float>()(rng); }
 
+// A float as bf16 holds it, and as its 16 bits.
+float rounded(float x) {
+    const auto bits = std::bit_cast<uint32_t>(x);
+    return x != x ? x : std::bit_cast<float>((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000);
+}
+uint16_t upper_bits(float x) { return std::bit_cast<uint32_t>(x) >> 16; }
+
 struct Call {
+    DType dtype;
     int batch = 1 + below(2), kv_heads = 1 + below(2), group = 1 + below(3), tokens = 1 + below(150);
     int head_dim = 64 + 32 * below(3), page_size = 16 << below(4);
     int gap = below(3);  // elements between the rows of q, k and v
     std::vector<int32_t> read, write, arena;
     std::vector<float> pages, q, k, v, out, lse;
+    std::vector<uint16_t> bf16[5];  // pages, q, k, v, out as a call in bf16 takes them
 
-    Call() {
+    explicit Call(DType type) : dtype(type) {
         for (int i = below(5); i > 0; --i) read.push_back(below(page_size + 1));
         const int held = below(2) ? below(page_size) : 0;
         for (int left = below(2) ? tokens + held : 0; left > 0; left -= write.back())
@@ -52,13 +62,29 @@ struct Call {
         }
         out.resize(int64_t{batch} * tokens * kv_heads * group * head_dim);
         lse.resize(int64_t{batch} * tokens * kv_heads * group);
+        if (dtype != DType::kBFloat16) return;
+        const auto arrays = {&pages, &q, &k, &v, &out};
+        for (auto* to = bf16; std::vector<float>* const from : arrays) {
+            for (float& x : *from) x = rounded(x);
+            to->resize(from->size());
+            std::transform(from->begin(), from->end(), (to++)->begin(), upper_bits);
+        }
+    }
+
+    void* data(int which) {
+        std::vector<float>* const arrays[] = {&pages, &q, &k, &v, &out};
+        return dtype == DType::kBFloat16 ? static_cast<void*>(bf16[which].data()) : arrays[which]->data();
+    }
+
+    void read_out() {
+        for (size_t i = 0; i < bf16[4].size(); ++i) out[i] = std::bit_cast<float>(uint32_t{bf16[4][i]} << 16);
     }
 
     int64_t half_page() const { return int64_t{page_size} * head_dim; }
 
-    Rows rows(const std::vector<float>& x, int heads) const {
+    Rows rows(int which, int heads) {
         const int64_t row = head_dim + gap;
-        return {x.data(), tokens * heads * row, heads * row, row};
+        return {data(which), tokens * heads * row, heads * row, row};
     }
 
     AttnParams params() {
@@ -67,9 +93,9 @@ struct Call {
         };
         const auto num_pages = static_cast<int32_t>(pages.size() / (2 * half_page()));
         return {
-            rows(q, kv_heads * group), rows(k, kv_heads), rows(v, kv_heads),
-            Pool{pages.data(), arena.data(), page_size, num_pages}, table(read), table(write), out.data(), lse.data(),
-            0.125f, batch, tokens, kv_heads * group, kv_heads, head_dim, DType::kFloat32};
+            rows(1, kv_heads * group), rows(2, kv_heads), rows(3, kv_heads),
+            Pool{data(0), arena.data(), page_size, num_pages}, table(read), table(write), data(4), lse.data(),
+            0.125f, batch, tokens, kv_heads * group, kv_heads, head_dim, dtype};
     }
 
     // Largest difference of one sequence and query head from the definition, whose history is that of `before`.
@@ -107,16 +133,18 @@ struct Call {
     }
 };
 
-bool check_attn(const cpu::InstructionSet& set, cpu::Scratch& scratch) {
-    Call call;
+bool check_attn(const cpu::InstructionSet& set, DType dtype, cpu::Scratch& scratch) {
+    const double allowed = dtype == DType::kBFloat16 ? 4e-2 : 2e-5;  // 4 in bf16: a rounding is 2⁻⁷
+    Call call(dtype);
     const std::vector<float> before = call.pages;
     const AttnParams params = call.params();
     const cpu::AttnCut cut = cpu::cut_attn(params, 1 + below(8));
     for (int64_t task = cut.tasks; task-- > 0;) set.attn(params, cut, task, scratch);  // any order
+    call.read_out();
     for (int b = 0; b < call.batch; ++b) {
         for (int head = 0; head < params.heads; ++head) {
             const double error = call.error(before, b, head);
-            if (!(error < 2e-5)) {
+            if (!(error < allowed)) {
                 std::printf("%s: attn differs by %g: n %d, head_dim %d\n", set.name, error, call.tokens, call.head_dim);
                 return false;
             }
@@ -145,7 +173,8 @@ int main(int, char** arguments) {
     const auto scratch = std::make_unique<cpu::Scratch>();
     for (int rank = 0; const cpu::InstructionSet* set = cpu::instruction_set(rank); ++rank) {
         for (int i = std::atoi(arguments[1]); i > 0; --i) {
-            if (!check_attn(*set, *scratch)) return 1;
+            if (!check_attn(*set, DType::kFloat32, *scratch)) return 1;
+            if (!check_attn(*set, DType::kBFloat16, *scratch)) return 1;
             run_prepare_qk(*set);
         }
         std::printf("%s\n", set->name);

@@ -4,13 +4,15 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Container
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
-CALLS = 12  # of each kernel and instruction set
+CALLS = 12  # of each kernel, type of element and instruction set
+X86_SETS = ("avx2", "avx512", "avx512bf16", "amx")
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
 
@@ -19,46 +21,58 @@ def flags_of(source: str) -> list[str]:
     """What CMakeLists.txt compiles a file of csrc/cpu with, beside the flags of all."""
     text = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
     found = re.search(rf"csrc/cpu/{source}\.cpp PROPERTIES\s+COMPILE_OPTIONS \"([^\"]+)\"", text)
-    return found[1].split(";") if found else []
+    shared = re.search(r"set\(avx512 ([^)]+)\)", text)
+    assert shared is not None
+    return found[1].replace("${avx512}", shared[1].replace(" ", ";")).split(";") if found else []
 
 
-def compile_kernels(folder: Path, *flags: str) -> list[Path]:
-    """Objects of csrc/cpu."""
-    sets = ["plain", "avx2", "avx512"] if platform.machine() == "x86_64" else ["plain"]
-    jobs = []
-    for name in ("cpu", *sets):
-        command = ["g++", "-std=c++20", "-ffp-contract=fast", *flags, *flags_of(name), f"-I{CSRC}", f"-I{CSRC}/include"]
-        command += [
-            "-Wall",
-            "-Wextra",
-            "-Werror",
-            "-c",
-            str(CSRC / "cpu" / f"{name}.cpp"),
-            "-o",
-            str(folder / f"{name}.o"),
-        ]
+def sets() -> list[str]:
+    """The instruction sets that this g++ has for this machine's kind."""
+    if platform.machine() != "x86_64":
+        return ["plain"]
+    newest = {name: ["g++", *flags_of(name), "-E", "-x", "c++", "/dev/null"] for name in ("avx512bf16", "amx")}
+    known = [name for name, command in newest.items() if subprocess.run(command, capture_output=True).returncode == 0]
+    return ["plain", "avx2", "avx512", *known]
+
+
+def compile_kernels(folder: Path, *flags: str, without: Container[str] = ()) -> list[Path]:
+    """Objects of csrc/cpu; those `without` flags of their own are as from a compiler that does not know them."""
+    names = ("cpu", "plain") if platform.machine() != "x86_64" else ("cpu", "plain", *X86_SETS)
+    known, jobs = sets(), []
+    for name in names:
+        own = flags_of(name) if name in known and name not in without else []
+        command = ["g++", "-std=c++20", "-ffp-contract=fast", *flags, *own, f"-I{CSRC}", f"-I{CSRC}/include"]
+        source, target = CSRC / "cpu" / f"{name}.cpp", folder / f"{name}.o"
+        command += ["-Wall", "-Wextra", "-Werror", "-c", str(source), "-o", str(target)]
         jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
     for job in jobs:
         errors = job.communicate()[1]
         assert job.returncode == 0, errors
-    return [folder / f"{name}.o" for name in ("cpu", *sets)]
+    return [folder / f"{name}.o" for name in names]
+
+
+def build_driver(folder: Path, objects: list[Path], *flags: str) -> Path:
+    """The program that makes random calls."""
+    command = ["g++", "-std=c++20", *flags, f"-I{CSRC}", f"-I{CSRC}/include"]
+    source = Path(__file__).with_name("cpu_driver.cpp")
+    subprocess.run([*command, str(source), *map(str, objects), "-o", str(folder / "driver")], check=True)
+    return folder / "driver"
 
 
 def test_random_calls_touch_nothing_but_their_own(tmp_path):
     flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    objects = compile_kernels(tmp_path, *flags)
-    driver = [
-        "g++",
-        "-std=c++20",
-        *flags,
-        f"-I{CSRC}",
-        f"-I{CSRC}/include",
-        str(Path(__file__).with_name("cpu_driver.cpp")),
-    ]
-    subprocess.run([*driver, *map(str, objects), "-o", str(tmp_path / "driver")], check=True)
-    done = subprocess.run([tmp_path / "driver", str(CALLS)], capture_output=True, text=True)
+    driver = build_driver(tmp_path, compile_kernels(tmp_path, *flags), *flags)
+    done = subprocess.run([driver, str(CALLS)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.split()[0] == "plain"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="one set alone")
+def test_a_compiler_that_does_not_know_a_set_leaves_it_out(tmp_path):
+    driver = build_driver(tmp_path, compile_kernels(tmp_path, "-O0", without=("avx512bf16", "amx")))
+    done = subprocess.run([driver, "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {"plain"} <= set(done.stdout.split()) <= {"plain", "avx2", "avx512"}
 
 
 def test_nothing_compiled_for_one_instruction_set_leaves_its_file(tmp_path):
