@@ -27,15 +27,19 @@ struct Product {
 
 #ifdef __AMX_BF16__
 
-// Eight tiles of 16 rows of 64 bytes, for as long as it lives.
+// What ldtilecfg reads: eight tiles of 16 rows of 64 bytes.
+struct alignas(64) TileShapes {
+    uint8_t palette = 1, first_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+inline constexpr TileShapes kTileShapes;
+
+// Takes the tiles for as long as it lives.
 class Tiles {
 public:
-    Tiles() {
-        alignas(64) uint8_t config[64] = {1};  // palette; bytes of a row from 16 on, rows from 48 on
-        for (int i = 0; i < 8; ++i) config[16 + 2 * i] = 64, config[48 + i] = 16;
-        asm volatile("ldtilecfg %0" ::"m"(config));
-    }
-    ~Tiles() { asm volatile("tilerelease"); }
+    Tiles() { _tile_loadconfig(&kTileShapes); }
+    ~Tiles() { _tile_release(); }
     Tiles(const Tiles&) = delete;
 };
 
@@ -44,7 +48,7 @@ template <int kColumns>
 void multiply(const Product& p) {
     const int64_t a_bytes = 4 * int64_t{p.a_stride}, b_bytes = 4 * int64_t{p.b_stride};
     const int64_t c_bytes = 4 * int64_t{p.c_stride};
-    asm volatile("" ::: "memory");
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
     for (int row = 0; row < p.rows; row += 32) {
         const uint32_t* const a = p.a + row * p.a_stride;
         float* const c = p.c + row * p.c_stride;
@@ -75,7 +79,7 @@ void multiply(const Product& p) {
         if (kColumns > 1) _tile_stored(2, c + 16, c_bytes);
         if (kColumns > 1) _tile_stored(3, c1 + 16, c_bytes);
     }
-    asm volatile("" ::: "memory");
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
 }
 
 #else
