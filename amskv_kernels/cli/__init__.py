@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from amskv_kernels.cli import calibrate, console, doctor, evaluate, fit, generate, plan
+from amskv_kernels.cli import calibrate, console, doctor, evaluate, fit, generate, plan, serve
 from amskv_kernels.version import __version__
 
 DESCRIPTION = """\
@@ -17,6 +17,7 @@ start here:
   amskv plan --model var-d30 --policy ams-kv:75 --images 64   exact cache memory, before running anything
   amskv generate                                              images under a policy, of your checkpoint or of the digits
   amskv evaluate --policies ams-kv:75,sink:2,1                what policies cost in quality, on the same models
+  amskv serve                                                 an HTTP endpoint as OpenAI's images API, and a page
   amskv fit --help                                            which policy should I use? measured on your checkpoint
   amskv calibrate --help                                      measure your checkpoint for one policy: a file for it
 """
@@ -42,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"amskv_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for command in (plan, generate, evaluate, fit, calibrate, doctor):
+    for command in (plan, generate, evaluate, serve, fit, calibrate, doctor):
         command.add(commands)
     return parser
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MOST = 10**6  # of anything that is counted
 MOST_LAYERS, MOST_SIDE, MOST_SCALES = 1000, 4096, 64
+_UNITS = {"MiB": 2**20, "GiB": 2**30}
 _SHAPE = ("layers", "heads", "kv_heads", "head_dim")
 
 
@@ -66,6 +67,14 @@ def whole(least: int, most: int = MOST) -> Callable[[str], int]:
         return int(text)
 
     return read
+
+
+def memory(text: str) -> int:
+    """Bytes that "8GiB" or "512MiB" means."""
+    found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)(MiB|GiB)", text)
+    if not found or float(found[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no memory; it must be a number with MiB or GiB, such as 8GiB")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def number(text: str) -> float:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amskv_kernels.cli.arguments import command, output_folder, whole
+from amskv_kernels.cli.arguments import command, memory, output_folder, whole
 from amskv_kernels.cli.comparing import compare, contact_sheet, table
 from amskv_kernels.cli.subjects import add_model, subject_of
 from amskv_kernels.planning.memory import MIB
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from amskv_kernels.policies import Losses, Policy
     from amskv_kernels.policies.budgets import Budget
 
-UNITS = {"MiB": 2**20, "GiB": 2**30}
 SHOWN_MEMORY = 8 * 2**30  # bytes that "images that fit" are counted in where no memory is given
 TRIES = 12  # at a budget whose pool, in whole pages, fits the memory
 EPILOG = """\
@@ -30,14 +29,6 @@ needs neither the losses nor scipy), contact-sheet.png (the same images under ev
 
 next: give the policy to your model, amskv_kernels.integrations.patch(model, "lifetimes@fit-out/policy.json")
 """
-
-
-def memory(text: str) -> int:
-    """Bytes that "8GiB" or "512MiB" means."""
-    found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)(MiB|GiB)", text)
-    if not found or float(found[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no memory; it must be a number with MiB or GiB, such as 8GiB")
-    return int(float(found[1]) * UNITS[found[2]])
 
 
 def percent(text: str) -> float:

@@ -19,22 +19,28 @@ SCHEDULE = "infinity-0.06m-1.000"
 STACK = "4,256,4"
 # A clone has the weights of the digits beside the package; a wheel has not.
 DIGITS = Path(__file__).parents[2] / "examples" / "digits" / "weights"
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGITS_SAMPLING: dict[str, Any] = {"cfg": 3.0, "top_k": 64, "top_p": 0.95}
 SAMPLING: dict[str, Any] = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}  # of VAR's published FID
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Which model, and where it runs."""
+def add_var(parser: argparse.ArgumentParser) -> None:
+    """Which VAR, and where it runs."""
     parser.add_argument("--var", metavar="FILE", help="var_d*.pth, a checkpoint of the public trainer, or safetensors")
     parser.add_argument("--vae", metavar="FILE", help="vae_ch160v4096z32.pth, a trainer's checkpoint, or safetensors")
     parser.add_argument("--model", help="var-d16 … var-d36, where the file must be of that model")
+    parser.add_argument("--cfg", type=float, help="guidance (default 1.5; digits 3)")
+    parser.add_argument("--device", type=device, help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model, a VAR or an Infinity stack, and where it runs."""
+    add_var(parser)
     parser.add_argument(
         "--stack", metavar="LAYERS,WIDTH,HEADS", help="in place of --var: an Infinity stack of random weights"
     )
     parser.add_argument("--schedule", help=f"of --stack, a published one (default {SCHEDULE})")
-    parser.add_argument("--cfg", type=float, help="guidance (default 1.5; digits 3)")
     parser.add_argument("--seed", type=seed, default=0, help="of classes and sampling (default 0)")
-    parser.add_argument("--device", type=device, help="cpu, cuda or cuda:N (default: a GPU where there is one)")
 
 
 def add_drawing(parser: argparse.ArgumentParser) -> None:
@@ -43,12 +49,17 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
         "--family", choices=("var", "infinity"), default="var",
         help="infinity: maps of a stack of random weights, which show nothing but cost what real ones cost",
     )  # fmt: skip
-    parser.add_argument(
-        "--checkpoint", metavar="FILE", help="in place of --var and --vae: a trainer's checkpoint, which holds both"
-    )
+    add_sampling(parser)
     parser.add_argument("--labels", help="classes such as 3,207,207 (default: spread over all)")
     parser.add_argument("--images", type=whole(1), help="how many, where no labels are given (default 8)")
     parser.add_argument("--prompt-features", metavar="FILE", help="of --family infinity: a .pt of one (n, C) a prompt")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """A checkpoint of both models, the pages' dtype, and limits of sampling."""
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help="in place of --var and --vae: a trainer's checkpoint, which holds both"
+    )
     parser.add_argument(
         "--pages", choices=("model", "int8"), default="model",
         help="int8: eight bits and a scale per row, in place of the model's own dtype",

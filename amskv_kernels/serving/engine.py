@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from amskv_kernels.arguments import instance_of, whole_number
-from amskv_kernels.models import VAR, VQVAE
+from amskv_kernels.models import VAR, VQVAE, VARConfig
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.policies import Policy, parse_policy
 from amskv_kernels.serving.admission import PAIR, Admission
@@ -55,6 +55,8 @@ class Load(NamedTuple):
     cancelled: int
     failed: int
     seconds: float  # a tick takes, on average
+    busy: float  # seconds of all ticks
+    coming: tuple[int, ...]  # units booked for this tick and those that follow
 
 
 class Engine:
@@ -109,7 +111,7 @@ class Engine:
         self._ticking = threading.Lock()
         self._open = True
         self._thread: threading.Thread | None = None
-        self._load = Load(0, 0, 0, 0, self.pool.units, 0, 0, 0, 0, 0.0)
+        self._load = Load(0, 0, 0, 0, self.pool.units, 0, 0, 0, 0, 0.0, 0.0, ())
 
     def submit(
         self, label: int, *, seed: int = 0, guidance: float = 1.5, top_k: int = 900, top_p: float = 0.96,
@@ -131,7 +133,7 @@ class Engine:
             QueueFullError: `max_waiting` requests wait.
             ClosedError: the engine drains or is closed.
         """
-        request = Request.checked(self._model.var.config, label, seed, guidance, top_k, top_p, previews)
+        request = Request.checked(self.config, label, seed, guidance, top_k, top_p, previews)
         refused = self.admission.never(request.sequences)
         if refused is not None:
             raise ValueError(refused)
@@ -155,10 +157,21 @@ class Engine:
         return cancelled
 
     @property
+    def config(self) -> VARConfig:
+        """The model's."""
+        return self._model.var.config
+
+    @property
+    def pixels(self) -> int:
+        """Of an image per place of its last map, along each side."""
+        return self._model.vae.config.patch
+
+    @property
     def load(self) -> Load:
         """Where the engine stands."""
         with self._changed:
-            return self._load._replace(waiting=len(self._waiting))
+            coming = tuple(self.admission.coming.tolist())
+            return self._load._replace(waiting=len(self._waiting), coming=coming)
 
     def wait_seconds(self) -> float:
         """About how long a request that came now would wait before it enters."""
@@ -221,7 +234,7 @@ class Engine:
         self._note(active=active, used=self.pool.used, planned=planned)
         self._attention.begin(groups)
         requests = [None if handle is None else handle.request for handle in self._inside]
-        config = self._model.var.config
+        config = self.config
         limits = Limits.of(groups, requests, config.vocab_size, len(config.schedule))
         self._model.step(groups, limits, self._generators, self._attention)
         for group in groups:
@@ -260,12 +273,13 @@ class Engine:
         mean = self._load.seconds
         self._note(seconds=seconds if not mean else mean + SMOOTHING * (seconds - mean))
         self._add("ticks", 1)
+        self._add("busy", seconds)
 
     def _note(self, **values: float) -> None:
         with self._changed:
             self._load = self._load._replace(**values)  # type: ignore[arg-type]
 
-    def _add(self, name: str, count: int) -> None:
+    def _add(self, name: str, count: float) -> None:
         with self._changed:
             self._note(**{name: getattr(self._load, name) + count})
 
