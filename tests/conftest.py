@@ -13,6 +13,7 @@ def pytest_addoption(parser):
         "--repo", action="append", default=[], metavar="NAME=DIR",
         help="a clone of a family's public code, to patch its own classes as well: VAR=DIR; may be given several times",
     )  # fmt: skip
+    parser.addoption("--malformed", type=int, default=200, help="requests that schemathesis makes of the endpoint")
     parser.addoption("--families-report", metavar="FILE", help="where test_clones.py writes what it finds")
 
 

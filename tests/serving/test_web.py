@@ -2,6 +2,8 @@
 
 import json
 import socket
+import sys
+import time
 
 import pytest
 from small_engines import SAMPLING, SCHEDULE, alone, engine
@@ -74,6 +76,26 @@ def test_a_stream_shows_the_image_as_it_grows(client, count):
     assert steps == sorted(set(steps)) and all(0 < step < STEPS for step in steps)
 
 
+def test_a_stream_of_several_images_tells_them_apart(client):
+    found = client.post(GENERATE, json={"prompt": "dog", "seed": 7, "n": 3, "stream": True, "partial_images": 2})
+    told_of = [data for _, data in events(found.text)]
+    for index in range(3):
+        *partial, last = [data for data in told_of if data["index"] == index]
+        assert [data["partial_image_index"] for data in partial] == [0, 1]
+        assert last["seed"] == 7 + index
+        same_as_alone(last["b64_json"], 2, 7 + index)
+
+
+def test_a_silent_stream_shows_that_it_lives(monkeypatch):
+    drawer = engine()
+    step = drawer._model.step
+    monkeypatch.setattr(sys.modules[web.create_app.__module__], "SIGN_OF_LIFE", 0.001)
+    monkeypatch.setattr(drawer._model, "step", lambda *arguments: [step(*arguments), time.sleep(0.1)])
+    with web.TestClient(web.app(drawer)) as slow:
+        found = slow.post(GENERATE, json={"prompt": "1", "stream": True})
+    assert ": waiting\n\n" in found.text and len(events(found.text)) == 1
+
+
 def test_previews_are_spread_over_all_scales_but_the_last():
     own = served(engine())
     assert [own.previews(n) for n in range(STEPS)] == [(), (2,), (1, 3), (1, 2, 3), (0, 1, 2, 3)]
@@ -102,7 +124,6 @@ def test_names_and_numbers_of_classes():
         ({"n": 0}, "n", "n is 0: "),
         ({"n": 11}, "n", "n is 11: "),
         ({"n": True}, "n", "n is True: "),
-        ({"n": 2, "stream": True}, "n", "n is 2; a stream draws one image"),
         ({"size": "1024x1024"}, "size", "size is '1024x1024'; it must be 12x12 or auto"),
         ({"response_format": "url"}, "response_format", "Input should be 'b64_json'"),
         ({"output_format": "webp"}, "output_format", "Input should be 'png'"),
@@ -132,7 +153,7 @@ def test_wrong_fields_are_named(client, changed, param, message):
 )
 def test_bodies_that_are_no_request_are_refused(client, text):
     found = client.post(GENERATE, content=text, headers={"Content-Type": "application/json"})
-    assert found.status_code == 400 and found.json()["error"]["message"]
+    assert told(found, 400, "prompt" if text == "{}" else "body")
 
 
 def test_forms_and_plain_text_are_refused(client):

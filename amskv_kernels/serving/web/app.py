@@ -118,11 +118,11 @@ class Endpoint:
         return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_MAY})
 
     async def generate(self, body: ImageRequest, request: Request) -> Any:
-        """Draw images, or one as a stream of server-sent events."""
+        """Draw images; with `stream`, as server-sent events while they grow."""
         start, asked = time.perf_counter(), self._asked(body)
         drawings = await self._begin(asked)
         if body.stream:
-            events = self._events(drawings[0], asked[0].seed, start)
+            events = self._events(drawings, asked, start)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         try:
             drawn = await _unless_gone(request, asyncio.gather(*(self._last(one, start) for one in drawings)))
@@ -141,8 +141,6 @@ class Endpoint:
         self._check_model(body.model or served.name, 400)
         if body.size not in (None, "auto", served.size):
             raise RefusedError(400, f"size is {shown(body.size)}; it must be {served.size} or auto", "size")
-        if body.stream and count > 1:
-            raise RefusedError(400, f"n is {count}; a stream draws one image", "n")
         if previews and not body.stream:
             raise RefusedError(400, f"partial_images is {previews}; it needs stream", "partial_images")
         for name, value, most in (
@@ -188,51 +186,64 @@ class Endpoint:
                 return event
         raise RuntimeError("a drawing ended without its image")
 
-    async def _events(self, drawing: Drawing, seed: int, start: float) -> AsyncIterator[str]:
-        """Server-sent events; whoever leaves frees the image's pages."""
-        about: dict[str, Any] = {"size": self.served.size, "seed": seed}
-        index = 0
+    async def _events(
+        self, drawings: Sequence[Drawing], asked: Sequence[requests.Request], start: float
+    ) -> AsyncIterator[str]:  # fmt: skip
+        """Server-sent events; whoever leaves frees the images' pages."""
+        shown_of = [0] * len(drawings)
         try:
-            async for event in _or_silence(drawing, SIGN_OF_LIFE):
-                if event is None:
+            async for found in _merged(drawings, SIGN_OF_LIFE):
+                if found is None:
                     yield ": waiting\n\n"
-                elif isinstance(event, Drawn):
+                    continue
+                index, event = found
+                image = event.image if isinstance(event, Drawn) else event.preview
+                if image is None:
+                    continue
+                about: dict[str, Any] = {
+                    "b64_json": await _png(image), "created_at": int(time.time()), "size": self.served.size,
+                    "seed": asked[index].seed, "index": index,
+                }  # fmt: skip
+                if isinstance(event, Drawn):
                     self.metrics.image_seconds.observe(time.perf_counter() - start)
-                    usage = Usage.of(1, sum(self.served.tokens))
-                    picture = await _png(event.image)
-                    yield _sent(CompletedImage(b64_json=picture, created_at=int(time.time()), usage=usage, **about))
-                elif event.preview is not None:
-                    picture, now = await _png(event.preview), int(time.time())
-                    yield _sent(
-                        PartialImage(
-                            b64_json=picture, created_at=now, partial_image_index=index, step=event.steps, **about
-                        )
-                    )
-                    index += 1
+                    yield _sent(CompletedImage(**about, usage=Usage.of(1, sum(self.served.tokens))))
+                else:
+                    yield _sent(PartialImage(**about, partial_image_index=shown_of[index], step=event.steps))
+                    shown_of[index] += 1
         except Exception as error:
             _log.exception("a stream broke off")
             yield f"event: error\ndata: {_refusal(error).body.model_dump_json()}\n\n"
         finally:
-            drawing.cancel()
+            for drawing in drawings:
+                drawing.cancel()
 
 
-async def _or_silence(drawing: Drawing, seconds: float) -> AsyncIterator[Event | None]:
-    """Its events, and None whenever there was none for so many seconds."""
-    events, coming = aiter(drawing), None
+async def _merged(drawings: Sequence[Drawing], silence: float) -> AsyncIterator[tuple[int, Event] | None]:
+    """Everyone's events with their numbers, as they come, and None whenever there was none for so many seconds."""
+    queue = asyncio.Queue[tuple[int, Event] | Exception]()
+
+    async def pump(index: int, drawing: Drawing) -> None:
+        try:
+            async for event in drawing:
+                queue.put_nowait((index, event))
+        except Exception as error:
+            queue.put_nowait(error)
+
+    pumps, left = [asyncio.ensure_future(pump(*one)) for one in enumerate(drawings)], len(drawings)
     try:
-        while True:
-            coming = coming or asyncio.ensure_future(anext(events))
-            if not (await asyncio.wait({coming}, timeout=seconds))[0]:
+        while left:
+            try:
+                found = await asyncio.wait_for(queue.get(), silence)
+            except asyncio.TimeoutError:
                 yield None
                 continue
-            with contextlib.suppress(StopAsyncIteration):
-                event, coming = coming.result(), None
-                yield event
-                continue
-            return
+            if isinstance(found, Exception):
+                raise found
+            left -= isinstance(found[1], Drawn)
+            yield found
     finally:
-        if coming is not None:
-            coming.cancel()
+        for one in pumps:
+            one.cancel()
 
 
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T | None:

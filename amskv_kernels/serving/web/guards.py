@@ -81,7 +81,8 @@ def handle_errors(app: FastAPI, count: Callable[[int], None]) -> None:
         return refuse(request, RefusedError(400, f"{param}{value}: {wrong['msg']}", param))
 
     def refuse_plainly(request: Request, error: Any) -> JSONResponse:
-        found = refuse(request, RefusedError(error.status_code, str(error.detail)))
+        param = "body" if error.status_code == 400 else None  # FastAPI's own, of a body that is no text
+        found = refuse(request, RefusedError(error.status_code, str(error.detail), param))
         found.headers.update(error.headers or {})
         return found
 

@@ -28,9 +28,9 @@ class ImageRequest(BaseModel):
     background: Literal["auto", "opaque"] | None = None
     quality: Literal["auto"] | None = None
     user: Annotated[str | None, Field(max_length=LONGEST_TAG, description="kept nowhere")] = None
-    stream: Annotated[bool | None, Field(description="server-sent events, for one image")] = None
+    stream: Annotated[bool | None, Field(description="server-sent events")] = None
     partial_images: Annotated[
-        int | None, Field(ge=0, lt=MOST_SCALES, description="previews of a stream, at most scales − 1")
+        int | None, Field(ge=0, lt=MOST_SCALES, description="previews of each image of a stream, at most scales − 1")
     ] = None  # fmt: skip
     seed: Annotated[
         int | None, Field(ge=0, le=MOST_SEED, description="of the first image; those after it count up")
@@ -91,6 +91,7 @@ class Picture(BaseModel):
     created_at: int
     size: str
     seed: int
+    index: int  # of the image in its request
     background: Literal["opaque"] = "opaque"
     output_format: Literal["png"] = "png"
     quality: Literal["auto"] = "auto"
