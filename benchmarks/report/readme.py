@@ -19,7 +19,7 @@ from amskv_kernels.planning.memory import counted
 from amskv_kernels.policies import parse_policy
 from amskv_kernels.shapes import ModelShape
 from benchmarks.harness.results import committed, newest, rows
-from benchmarks.report import families, plots, tables, targets
+from benchmarks.report import families, plots, staggering, tables, targets
 from benchmarks.suites.plans import memory_of
 
 Result = dict[str, Any]
@@ -283,6 +283,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "hopper-kernels": _hopper_kernels,
     "compatibility": _compatibility,
     "roofs": lambda: _newest("roof", None, _roofs),
+    "staggering": staggering.table,
     "pictures": _pictures,
     "not-measured": lambda: "\n\n".join(f"`{r['file']}`\n\n{tables.missing(r)}" for r in committed() if r["missing"]),
 }

@@ -43,7 +43,7 @@ def arrivals(served: Engine, seed: int, count: int, cancels: float = 0.0) -> lis
 @pytest.mark.parametrize("policy", ["full", "sliding:1", "sink:1,2", "ams-kv:60", Unlike()], ids=str)
 def test_images_are_those_drawn_alone(policy):
     served = engine(policy, 3)
-    handles = arrivals(served, seed=11, count=12, cancels=0.02)
+    handles = arrivals(served, seed=11, count=40, cancels=0.02)  # 200 over all policies
     kept = 0
     for handle in handles:
         request = handle.request
@@ -57,7 +57,7 @@ def test_images_are_those_drawn_alone(policy):
         torch.testing.assert_close(drawn.tokens, own.tokens[0], rtol=0, atol=0)
         torch.testing.assert_close(drawn.image, own.images[0], rtol=0, atol=1e-5)
         kept += 1
-    assert kept >= 6
+    assert 20 <= kept < 40, "some are given up, most are not"
     assert served.load.drawn == kept and served.load.cancelled == len(handles) - kept
 
 
