@@ -10,295 +10,44 @@ An interrupted run goes on from its last checkpoint.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import platform
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from amskv_kernels.cli import arguments, console
-from amskv_kernels.files import replacing, write_json
-from amskv_kernels.models import VAR, VQVAE, checkpoint
-from amskv_kernels.schedule import ScaleSchedule
-from examples.digits.data import SEED, accuracy, augment, digits
+from amskv_kernels.files import write_json
+from amskv_kernels.models import VQVAE, checkpoint
+from examples.digits.data import SEED, Digits, accuracy, augment, digits
 from examples.digits.evaluate import evaluate
 from examples.digits.model import SCHEDULE, VAR_SIZES, VQVAE_SIZES, WEIGHTS, build
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long and how fast to learn."""
-
-    vae_steps: int = 1500
-    vae_batch: int = 32
-    vae_lr: float = 2e-3
-    var_steps: int = 5000
-    var_batch: int = 16
-    coarse_batch: int = 48  # of the steps that learn the coarse scales only
-    coarse_scales: int = 8
-    var_lr: float = 1.5e-3
-    weight_decay: float = 0.05
-    warmup: int = 200
-    ema: float = 0.998
-    no_label: float = 0.1  # share of labels replaced by "no class", which guidance needs
-    log_every: int = 51  # odd, so that the log shows both kinds of step
-    save_every: int = 250
-    rebuilt_images: int = 2000  # at most
-    eval_images: int = 500
-
+from examples.training import Plan, Run, Stream, initialise, shuffled, train_var, train_vqvae
 
 QUICK = Plan(
-    vae_steps=6, vae_batch=8, var_steps=4, var_batch=2, coarse_batch=2, warmup=2, log_every=2, save_every=2,
-    rebuilt_images=32, eval_images=10,
+    vae_steps=6, vae_batch=8, var_steps=4, var_turns=((8, 2), (10, 2)), warmup=2, log_every=2, save_every=2
 )  # fmt: skip
+REBUILT_IMAGES, EVAL_IMAGES = 2000, 500  # at most
+QUICK_IMAGES = 32, 10
 
 
-class BlockCausal:
-    """Attention in training: every token sees its own and earlier scales. Three products, fast in bf16 on a CPU.
-
-    The coarse scales go through one masked product; each larger scale sees a whole prefix and needs no mask.
-    """
-
-    def __init__(self, schedule: ScaleSchedule, device: str, masked_tokens: int = 96) -> None:
-        ends = [offset + n for offset, n in zip(schedule.offsets, schedule.tokens, strict=True)]
-        first = max((end for end in ends if end <= masked_tokens), default=ends[0])
-        scale = torch.arange(len(schedule)).repeat_interleave(torch.tensor(schedule.tokens))[:first]
-        self.hidden = (scale[:, None] < scale[None, :]).to(device)
-        self.spans = [(0, first), *((a, b) for a, b in zip(schedule.offsets, ends, strict=True) if a >= first)]
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        """All scales at once: (B, n, H, D) each -> (B, n, H, D); n ends with a scale."""
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        parts = []
-        for start, end in self.spans:
-            if start >= q.shape[2]:
-                break
-            weights = (q[:, :, start:end] * softmax_scale) @ k[:, :, :end].transpose(2, 3)
-            if start == 0:
-                weights = weights.masked_fill(self.hidden, -torch.inf)
-            parts.append(weights.softmax(-1) @ v[:, :, :end])
-        return torch.cat(parts, dim=2).transpose(1, 2)
-
-
-def learning_rate(step: int, done: float, peak: float, warmup: int) -> float:
-    """Linear warm-up over `warmup` steps, and half a cosine from the peak to 1 % of it; done runs from 0 to 1."""
-    return peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-class Average:
-    """Exponential moving average of a model's parameters; starts fast so that an early stop is usable too."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model, self.decay = copy.deepcopy(model).eval().requires_grad_(False), decay
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Move towards the model."""
-        keep = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - keep)
-
-
-class Run:
-    """One model's training state: steps done, log, checkpoint file."""
-
-    def __init__(self, name: str, model: nn.Module, groups: list[dict[str, Any]], plan: Plan, out: Path) -> None:
-        self.name, self.model, self.plan = name, model, plan
-        self.average = Average(model, plan.ema)
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-        self.file = out / "checkpoints" / f"{name}.pt"
-        self.step, self.seconds, self.log = 0, 0.0, list[dict[str, float]]()
-        self.generator = torch.Generator().manual_seed(SEED)
-
-    def resume(self) -> None:
-        """Continue from the checkpoint, if there is one."""
-        if self.file.exists():
-            try:
-                held = torch.load(self.file, weights_only=True)
-            except Exception as error:  # as many kinds as there are ways to break a pickle
-                what = f"{self.file} is no checkpoint of this script ({type(error).__name__}); remove it"
-                raise SystemExit(what) from error
-            self.model.load_state_dict(held["model"])
-            self.average.model.load_state_dict(held["average"])
-            self.optimizer.load_state_dict(held["optimizer"])
-            self.generator.set_state(held["generator"])
-            self.step, self.seconds, self.log = held["step"], held["seconds"], held["log"]
-
-    def keep(self) -> None:
-        """Write the checkpoint; a crash while writing leaves the old one."""
-        state = {
-            "model": self.model.state_dict(), "average": self.average.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
-            "step": self.step, "seconds": self.seconds, "log": self.log,
-        }  # fmt: skip
-        with replacing(self.file) as beside:
-            torch.save(state, beside)
-
-    def steps(self, total: int, peak: float, seconds: float = math.inf) -> Iterator[int]:
-        """Step numbers with the learning rate set, timed, shown and kept; yields before each update.
-
-        Ends after `total` steps or `seconds` of training, whichever comes first, the learning rate at its lowest then.
-        """
-        with tqdm(total=total, initial=self.step, desc=self.name, file=sys.stdout, mininterval=5) as bar:
-            while (done := max(self.step / total, self.seconds / seconds)) < 1:
-                began = time.perf_counter()
-                for group in self.optimizer.param_groups:
-                    group["lr"] = learning_rate(self.step, done, peak, self.plan.warmup)
-                self.optimizer.zero_grad(set_to_none=True)
-                yield self.step
-                self.average.update(self.model, self.step)
-                self.step += 1
-                self.seconds += time.perf_counter() - began
-                bar.update()
-                if self.log and self.log[-1]["step"] == self.step:
-                    bar.set_postfix(self.log[-1])
-                if self.step % self.plan.save_every == 0:
-                    self.keep()
-            self.keep()
-
-    def update(self, loss: Tensor, **shown: Tensor) -> None:
-        """One optimiser step, logged now and then."""
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
-        self.optimizer.step()
-        if (self.step + 1) % self.plan.log_every == 0:
-            values = {"step": self.step + 1, "loss": float(loss.detach()), "grad_norm": float(norm)}
-            values |= {name: float(value.detach()) for name, value in shown.items()}
-            values["seconds"] = round(self.seconds, 1)
-            self.log.append({name: round(value, 5) for name, value in values.items()})
-
-
-def batches(images: Tensor, labels: Tensor, size: int, run: Run) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(data: Digits, size: int, run: Run, device: str) -> Stream:
     """Endless shuffled, augmented batches."""
-    while True:
-        order = torch.randperm(len(images), generator=run.generator)
-        for chosen in order[: len(order) // size * size].split(size):
-            yield augment(images[chosen], run.generator), labels[chosen]
+    for chosen in shuffled(len(data.labels), size, run):
+        yield augment(data.images[chosen].to(device), run.generator), data.labels[chosen].to(device)
 
 
-def _quantised(vae: VQVAE, features: Tensor) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """(latent with a straight-through gradient, quantisation loss, tokens per scale, residuals before each scale)."""
-    loss = features.new_zeros(())
-    tokens, rests, fhat = [], [features.detach()], torch.zeros_like(features)
-    for part, fhat in vae.quantize.walk(features):
-        loss = loss + 0.25 * F.mse_loss(features, fhat.detach()) + F.mse_loss(fhat, features.detach())
-        tokens.append(part)
-        rests.append((features - fhat).detach())
-    return features + (fhat - features).detach(), loss / len(tokens), tokens, rests
-
-
-@torch.no_grad()
-def _revive(vae: VQVAE, hits: Tensor, rests: list[Tensor], run: Run) -> int:
-    """Give codes that nothing uses the residual of a random place and scale; returns how many."""
-    dead = (hits.sum(0) < 0.05).nonzero().flatten()
-    schedule = vae.config.schedule
-    pool = [
-        F.interpolate(rest, size=schedule.sizes[k], mode="area").permute(0, 2, 3, 1).flatten(0, 2)
-        for k, rest in enumerate(rests[:-1])
-    ]
-    for code in dead.tolist():
-        rows = pool[int(torch.randint(len(pool), (1,), generator=run.generator))]
-        row = rows[int(torch.randint(len(rows), (1,), generator=run.generator))]
-        vae.quantize.embedding.weight[code] = row
-        hits[:, code] = 1.0
-        run.average.model.get_parameter("quantize.embedding.weight")[code] = row
-    return len(dead)
-
-
-def train_vqvae(vae: VQVAE, plan: Plan, out: Path, device: str) -> Run:
-    """Learn to reconstruct; the average's weights end up in `vae`."""
-    run = Run("vqvae", vae.train(), [{"params": list(vae.parameters()), "weight_decay": 0.0}], plan, out)
-    run.resume()
-    ours, _ = digits()
-    stream = batches(ours.images.to(device), ours.labels.to(device), plan.vae_batch, run)
-    for step in run.steps(plan.vae_steps, plan.vae_lr):
-        images, _ = next(stream)
-        latent, quantisation, tokens, rests = _quantised(vae, vae.features(images))
-        drawn = vae.decoder(vae.post_quant_conv(latent))
-        reconstruction = F.mse_loss(drawn, images * 2 - 1)
-        hits = vae.quantize.ema_vocab_hit_SV
-        for scale, part in enumerate(tokens):
-            hits[scale].lerp_(torch.bincount(part.flatten(), minlength=hits.shape[1]).to(hits), 0.02)
-        used = (hits.sum(0) >= 0.5).float().mean()
-        run.update(reconstruction + 0.1 * quantisation, reconstruction=reconstruction, codes_used=used)
-        if step % 20 == 0 and step < plan.vae_steps * 0.7:
-            _revive(vae, hits, rests, run)
-    vae.load_state_dict({**run.average.model.state_dict(), **dict(vae.named_buffers())})
-    return run
-
-
-def initialise(var: VAR) -> None:
-    """Starting weights that keep every block near the identity, so that depth does not slow the start."""
-    width, depth = var.config.embed_dim, var.config.depth
-    for module in var.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-    for table in (var.pos_start, var.pos_1LC):
-        nn.init.trunc_normal_(table, std=math.sqrt(1 / width / 3))
-    with torch.no_grad():
-        var.head.weight.mul_(0.02)
-        for name, weight in var.named_parameters():
-            if name.endswith(("attn.proj.weight", "ffn.fc2.weight")):
-                weight.div_(math.sqrt(2 * depth))
-            elif name.endswith("ada_gss"):
-                weight[:, :, 2:].mul_(0.5)
-                weight[:, :, :2].fill_(0.1)
-
-
-def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices of the linear layers decay; biases, gates and embeddings do not."""
-    decayed = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    matrices = [p for p in model.parameters() if id(p) in decayed]
-    others = [p for p in model.parameters() if id(p) not in decayed]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def train_var(
-    var: VAR, vae: VQVAE, plan: Plan, out: Path, device: str, seconds: float = math.inf, compiled: bool = False
-) -> Run:
-    """Learn to predict each scale from the coarser ones; the average's weights end up in `var`.
-
-    Every other step sees more images but only their coarse scales, which cost little and decide the shape.
-    """
-    run = Run("var", var.train(), _decay_groups(var, plan.weight_decay), plan, out)
-    run.resume()
-    ours, _ = digits()
-    data = ours.images.to(device), ours.labels.to(device)
-    coarse, whole = (batches(*data, size, run) for size in (plan.coarse_batch, plan.var_batch))
-    coarse_tokens = SCHEDULE.offsets[plan.coarse_scales]
-    attention = BlockCausal(SCHEDULE, device)
-    predict = torch.compile(var.logits, dynamic=False) if compiled else var.logits
-    counts = torch.tensor(SCHEDULE.tokens, dtype=torch.float32)
-    # between the mean over tokens, which would be all about the finest scales, and the mean over scales
-    weights = counts.rsqrt().repeat_interleave(counts.long()).to(device)
-    vae.eval().requires_grad_(False)
-    for step in run.steps(plan.var_steps, plan.var_lr, seconds):
-        images, labels = next(whole if step % 2 else coarse)
-        end = SCHEDULE.total if step % 2 else coarse_tokens
+def token_batches(vae: VQVAE, data: Digits, size: int, run: Run, device: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same as tokens (B, schedule.total)."""
+    for images, labels in batches(data, size, run, device):
         with torch.no_grad():
             tokens = vae.tokens(images)
-            inputs, tokens, weight = vae.inputs(tokens)[:, : end - 1], tokens[:, :end], weights[:end]
-        free = torch.rand(len(labels), generator=run.generator) < plan.no_label
-        labels = labels.masked_fill(free.to(device), var.config.num_classes)
-        with torch.autocast(device, dtype=torch.bfloat16):
-            logits = predict(labels, inputs, attention)
-        loss = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(0) @ weight / weight.sum()
-        run.update(loss)
-    var.load_state_dict(run.average.model.state_dict())
-    return run
+        yield tokens, labels
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -321,15 +70,18 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
     plan = QUICK if args.quick else Plan()
+    rebuilt_images, eval_images = QUICK_IMAGES if args.quick else (REBUILT_IMAGES, EVAL_IMAGES)
     changes = {name: getattr(args, name) for name in ("vae_steps", "var_steps") if getattr(args, name) is not None}
-    plan = Plan(**{**asdict(plan), **changes})
+    plan = replace(plan, **changes)
     var, vae = build()
     initialise(var)
     var, vae = var.to(args.device), vae.to(args.device)
     ours, held = digits()
-    vae_run = train_vqvae(vae, plan, args.out, args.device)
+    vae_run = train_vqvae(
+        vae, plan, args.out, args.device, lambda size, run: batches(ours, size, run, args.device)
+    )  # fmt: skip
     checkpoint.save(args.out / "vqvae.safetensors", vae, VQVAE_SIZES, SCHEDULE)
-    shown, wanted = ours.images[: plan.rebuilt_images], ours.labels[: plan.rebuilt_images]
+    shown, wanted = ours.images[:rebuilt_images], ours.labels[:rebuilt_images]
     with torch.no_grad():
         rebuilt = torch.cat(
             [vae.decode(vae.latent(vae.tokens(part.to(args.device)))).cpu() for part in shown.split(64)]
@@ -340,7 +92,10 @@ def main(argv: list[str] | None = None) -> None:
         "reconstruction_mse": float(F.mse_loss(rebuilt, shown)),
     }
     print(json.dumps(seen), flush=True)
-    var_run = train_var(var, vae, plan, args.out, args.device, args.minutes * 60, args.compile)
+    var_run = train_var(
+        var, vae, plan, args.out, args.device, lambda size, run: token_batches(vae, ours, size, run, args.device),
+        args.minutes * 60, args.compile,
+    )  # fmt: skip
     checkpoint.save(args.out / "var.safetensors", var, VAR_SIZES, SCHEDULE)
     result = {
         "device": args.device, "threads": args.threads, "seed": SEED, "plan": asdict(plan),
@@ -348,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         "schedule": SCHEDULE.name, "vqvae": VQVAE_SIZES, "var": VAR_SIZES, "images": len(ours.labels),
         "held_out_images": len(held.labels), **seen,
         "seconds": {"vqvae": round(vae_run.seconds), "var": round(var_run.seconds)},
-        "generated": evaluate(var.eval(), vae, plan.eval_images, args.device),
+        "generated": evaluate(var.eval(), vae, eval_images, args.device),
         "vqvae_log": vae_run.log, "var_log": var_run.log,
     }  # fmt: skip
     write_json(args.out / "training.json", result)

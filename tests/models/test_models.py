@@ -198,14 +198,14 @@ def test_stock_cache_refuses_another_batch() -> None:
 
 
 def test_training_attention_is_block_causal() -> None:
-    train = pytest.importorskip("examples.digits.train", reason="the digits example needs scikit-learn and tqdm")
+    training = pytest.importorskip("examples.training", reason="training needs tqdm")
     schedule = ScaleSchedule.named("var-256")
     scale = torch.arange(len(schedule)).repeat_interleave(torch.tensor(schedule.tokens))
     q, k, v = torch.randn(3, 2, schedule.total, 2, 16).unbind(0)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * 0.3
     weights = scores.masked_fill(scale[:, None] < scale, -torch.inf).softmax(-1)
     wanted = torch.einsum("bhqk,bkhd->bqhd", weights, v)
-    attention = train.BlockCausal(schedule, "cpu")
+    attention = training.BlockCausal(schedule, "cpu")
     assert torch.allclose(attention.attend(0, q, k, v, 0.3), wanted, atol=1e-5)
     end = schedule.offsets[8]
     part = attention.attend(0, q[:, :end], k[:, :end], v[:, :end], 0.3)
