@@ -202,6 +202,19 @@ def _revive(vae: VQVAE, hits: Tensor, rests: list[Tensor], run: Run) -> int:
     return len(dead)
 
 
+@torch.no_grad()
+def keep_means(vae: VQVAE, offset: float = 2.0) -> None:
+    """Starting biases with which the group norms let an image's mean colour through.
+
+    With two channels a group, a norm would take each channel's mean away: what an even surface is painted with. Where
+    the two are far apart, that distance is what it divides by, and the means remain.
+    """
+    for name, module in vae.named_modules():
+        if name.endswith(("coder.conv_in", "sample.conv")) and isinstance(module, nn.Conv2d):
+            assert module.bias is not None
+            module.bias[0::2], module.bias[1::2] = offset, -offset
+
+
 def train_vqvae(
     vae: VQVAE, plan: Plan, out: Path, device: str, images: Streams, seconds: float = math.inf, bf16: bool = False
 ) -> Run:  # fmt: skip
