@@ -19,14 +19,21 @@ int keys_per_tile(const AttnParams& p, const AttnPlan& plan) {
     return plan.rows_per_warp == 32 && p.head_dim == 128 ? Tile<void, 128, 32>::kKeys : Tile<void, 64, 16>::kKeys;
 }
 
-int team_bytes(const AttnParams& p, int warps, int key_tiles) {  // of narrow tiles, the only ones that share a block
+template <int kHeadDim>
+int team_bytes_of(const AttnParams& p, int warps, int key_tiles) {
+    using Int8Tile = Tile<void, kHeadDim, int8_rows_per_warp(kHeadDim), true>;
+    using NarrowTile = Tile<void, kHeadDim, 16>;  // of 16-bit pages, narrow tiles alone share a block
+    return p.pool.scales != nullptr ? Int8Tile::team_bytes(warps, key_tiles) : NarrowTile::team_bytes(warps, key_tiles);
+}
+
+int team_bytes(const AttnParams& p, int warps, int key_tiles) {
     switch (p.head_dim) {
         case 64:
-            return Tile<void, 64, 16>::team_bytes(warps, key_tiles);
+            return team_bytes_of<64>(p, warps, key_tiles);
         case 96:
-            return Tile<void, 96, 16>::team_bytes(warps, key_tiles);
+            return team_bytes_of<96>(p, warps, key_tiles);
         default:
-            return Tile<void, 128, 16>::team_bytes(warps, key_tiles);
+            return team_bytes_of<128>(p, warps, key_tiles);
     }
 }
 
@@ -34,6 +41,12 @@ int team_bytes(const AttnParams& p, int warps, int key_tiles) {  // of narrow ti
 // which no published model has, goes without.
 bool prefers_wide(const AttnParams& p, int rows) {
     return p.head_dim != 96 && rows > 64 && ceil_div(rows, 128) * 128 * 8 <= ceil_div(rows, 64) * 64 * 9;
+}
+
+// Warps for tiles of up to 128 rows, all of them alike.
+AttnPlan plan_int8(const AttnParams& p, int rows) {
+    const int per_warp = int8_rows_per_warp(p.head_dim), blocks = ceil_div(rows, per_warp);
+    return {per_warp, std::max(ceil_div(blocks, std::max(ceil_div(blocks, kMaxWarps), 1)), 1), 1, 1, {}};
 }
 
 // The persistent grid: a block per multiprocessor, or per tile where there are fewer.
@@ -64,7 +77,11 @@ AttnPlan plan_attn(const AttnParams& p, const Device& device, Kernels kernels) {
     const int rows = p.tokens * (p.heads / p.kv_heads);
     AttnPlan plan{16, std::clamp(ceil_div(rows, 16), 1, kMaxWarps), 1, 1, {}};
     if (prefers_wide(p, rows)) plan = {32, kMaxWarps, 1, 1, {}};
-    if (kernels == Kernels::kHopper) plan.hopper = plan_hopper(p, device);
+    if (p.pool.scales != nullptr) {
+        plan = plan_int8(p, rows);
+    } else if (kernels == Kernels::kHopper) {
+        plan.hopper = plan_hopper(p, device);
+    }
     if (plan.hopper.tile_rows > 0) return plan;  // no splits: the grid is persistent
     const Cut whole = cut_of(p, plan);
     const int wanted = kBlocksWanted * device.multiprocessors;

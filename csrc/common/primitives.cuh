@@ -51,6 +51,11 @@ __device__ __forceinline__ void cp_async_16(SharedAddress to, const void* from, 
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 
+// The same of 4 bytes.
+__device__ __forceinline__ void cp_async_4(SharedAddress to, const void* from, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
+}
+
 // Closes this thread's group of copies; a group may be empty.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -116,6 +121,45 @@ __device__ __forceinline__ uint32_t pack<BFloat16>(float low, float high) {
     return packed;
 }
 
+// Element 0 or 1 of a pair, exact.
+template <typename T>
+__device__ __forceinline__ float element(uint32_t pair, int index);
+
+template <>
+__device__ __forceinline__ float element<Half>(uint32_t pair, int index) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<uint16_t>(pair >> 16 * index)));
+    return x;
+}
+
+template <>
+__device__ __forceinline__ float element<BFloat16>(uint32_t pair, int index) {
+    return __uint_as_float(index == 0 ? pair << 16 : pair & 0xffff0000);
+}
+
+// a · b + c of pairs, rounded once.
+template <typename T>
+__device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c);
+
+template <>
+__device__ __forceinline__ uint32_t fma_pair<Half>(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+template <>
+__device__ __forceinline__ uint32_t fma_pair<BFloat16>(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+// Byte i is byte (selector >> 4 i & 7) of a, whose bytes count 0 … 3, and b, 4 … 7.
+__device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+    return __byte_perm(a, b, selector);
+}
+
 // 2^x to two units in the last place, subnormal results 0, 2^−∞ = 0.
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
@@ -147,6 +191,12 @@ __device__ __forceinline__ uint32_t load_shared_4(SharedAddress from) {
     uint32_t value;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
     return value;
+}
+
+__device__ __forceinline__ float2 load_shared_8(SharedAddress from) {
+    float2 pair;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(from) : "memory");
+    return pair;
 }
 
 __device__ __forceinline__ Chunk load_shared_16(SharedAddress from) {

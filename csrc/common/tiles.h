@@ -36,10 +36,13 @@ struct Swizzled {
     }
 };
 
-template <typename T, int kHeadDim_, int kRowsPerWarp_>
+template <typename T, int kHeadDim_, int kRowsPerWarp_, bool kInt8Pages_ = false>
 struct Tile {
     using Element = T;
     static constexpr int kHeadDim = kHeadDim_;
+    // The history's rows are int8 with scales. They are widened in the stage they are fetched to, which has room for the
+    // 16-bit rows of the current scale anyway.
+    static constexpr bool kInt8Pages = kInt8Pages_;
     // 16 rows serve tiles of 16 to 64 rows, by 1 to 4 warps. 32 rows serve tiles of 128: every fragment of K and V
     // read from shared memory then feeds two products, which otherwise is what limits a long scale.
     static constexpr int kRowsPerWarp = kRowsPerWarp_;
@@ -50,15 +53,18 @@ struct Tile {
     static constexpr int kKeys = kWide && kHeadDim == 128 ? 32 : 64;
     // Tiles of K, V in shared memory: rows of 64 elements are cheap enough for one more in flight.
     static constexpr int kStages = kHeadDim == 64 ? 3 : 2;
-    // Wide tiles of long rows have no registers left for Q: they read its fragments again for every tile of keys.
-    static constexpr bool kQueryInRegisters = !kWide || kHeadDim == 64;
+    // Wide tiles of long rows, or of int8 pages, have no registers left for Q: they read its fragments again for every
+    // tile of keys.
+    static constexpr bool kQueryInRegisters = !kWide || (kHeadDim == 64 && !kInt8Pages);
     // Thread blocks of 4 warps that share a multiprocessor's 65 536 registers, at most 168 or 255 for a thread: as
     // many as its shared memory holds on sm_80.
     static constexpr int kBlocksPerMultiprocessor = !kWide && kHeadDim == 64 ? 3 : 2;
 
     static constexpr uint64_t kAllKeys = ~uint64_t{0} >> (64 - kKeys);
     static constexpr int kKeyBytes = kKeys * kHeadDim * kElementBytes;
-    static constexpr int kStageBytes = 2 * kKeyBytes;  // K, then V
+    static constexpr int kPageRowBytes = kHeadDim * (kInt8Pages ? 1 : kElementBytes);
+    static constexpr int kScaleBytes = kInt8Pages ? kKeys * 4 : 0;
+    static constexpr int kStageBytes = 2 * kKeyBytes + 2 * kScaleBytes;  // K, V, the scales of K, the scales of V
 
     static constexpr int query_bytes(int warps) { return warps * kRowsPerWarp * kHeadDim * kElementBytes; }
     // Shared memory of a team: Q (later the output), and as many stages as there are tiles to fill them.
@@ -66,6 +72,10 @@ struct Tile {
         return query_bytes(warps) + (key_tiles < kStages ? key_tiles : kStages) * kStageBytes;
     }
 };
+
+// Query rows per warp of the one tile that each head size has for int8 pages. Widening a tile of keys costs the same for
+// any number of rows, so many share it; head size 96 has no wide tiles.
+constexpr int int8_rows_per_warp(int head_dim) { return head_dim == 96 ? 16 : 32; }
 
 // The Hopper kernel: one warpgroup that loads and stores, two that compute 64 query rows each.
 inline constexpr int kWarpgroupWarps = 4;

@@ -12,6 +12,17 @@ struct AppendArgs {
     int blocks_per_head;
 };
 
+template <int kHeadDim>
+__device__ __forceinline__ void store(const AppendParams& p, int batch, int kv_head, int worker, int workers, int lane) {
+    constexpr int kInFlight = 1;  // of rows to be rounded, which are loaded otherwise
+    if (p.pool.scales == nullptr) return store_rows<kHeadDim>(p, batch, kv_head, worker, workers, lane);
+    if (p.dtype == DType::kFloat16) {
+        store_rows<kHeadDim, kInFlight, Half>(p, batch, kv_head, worker, workers, lane);
+    } else {
+        store_rows<kHeadDim, kInFlight, BFloat16>(p, batch, kv_head, worker, workers, lane);
+    }
+}
+
 __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant__ AppendArgs args) {
     const AppendParams& p = args.params;
     const int head = blockIdx.x / args.blocks_per_head, batch = head / p.kv_heads, kv_head = head % p.kv_heads;
@@ -19,11 +30,11 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
     const int worker = blockIdx.x % args.blocks_per_head * kMaxWarps + threadIdx.x / kWarpLanes;
     switch (p.head_dim) {
         case 64:
-            return store_rows<64>(p, batch, kv_head, worker, workers, lane);
+            return store<64>(p, batch, kv_head, worker, workers, lane);
         case 96:
-            return store_rows<96>(p, batch, kv_head, worker, workers, lane);
+            return store<96>(p, batch, kv_head, worker, workers, lane);
         default:
-            return store_rows<128>(p, batch, kv_head, worker, workers, lane);
+            return store<128>(p, batch, kv_head, worker, workers, lane);
     }
 }
 

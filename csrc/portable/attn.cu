@@ -16,16 +16,28 @@ Error launch_tile(AttnArgs args, Stream stream) {
     return launch("attn", attn_kernel<Tile>, blocks, threads, plan.teams * args.team_bytes, stream, args);
 }
 
+template <typename T, int kHeadDim>
+Error launch_head_dim(const AttnArgs& args, Stream stream) {
+    constexpr int kInt8Rows = int8_rows_per_warp(kHeadDim);
+    const int rows = args.plan.rows_per_warp;
+    if (args.params.pool.scales != nullptr) {
+        return rows == kInt8Rows ? launch_tile<Tile<T, kHeadDim, kInt8Rows, true>>(args, stream) : kInvalid;
+    }
+    if constexpr (kHeadDim != 96) {
+        if (rows == 32) return launch_tile<Tile<T, kHeadDim, 32>>(args, stream);
+    }
+    return rows == 16 ? launch_tile<Tile<T, kHeadDim, 16>>(args, stream) : kInvalid;
+}
+
 template <typename T>
 Error launch_type(const AttnArgs& args, Stream stream) {
-    const bool wide = args.plan.rows_per_warp == 32;
     switch (args.params.head_dim) {
         case 64:
-            return wide ? launch_tile<Tile<T, 64, 32>>(args, stream) : launch_tile<Tile<T, 64, 16>>(args, stream);
+            return launch_head_dim<T, 64>(args, stream);
         case 96:
-            return wide ? kInvalid : launch_tile<Tile<T, 96, 16>>(args, stream);
+            return launch_head_dim<T, 96>(args, stream);
         case 128:
-            return wide ? launch_tile<Tile<T, 128, 32>>(args, stream) : launch_tile<Tile<T, 128, 16>>(args, stream);
+            return launch_head_dim<T, 128>(args, stream);
         default:
             return kInvalid;
     }

@@ -7,6 +7,7 @@
 
 #include "amskv/amskv.h"
 #include "common/store.cuh"
+#include "portable/int8_keys.cuh"
 #include "portable/registers.cuh"
 #include "portable/work.cuh"
 
@@ -81,13 +82,20 @@ __device__ __forceinline__ void store_partial(
 
 template <class Tile>
 __device__ __forceinline__ void attend(const AttnArgs& args, const Work& work, const Team& team) {
-    const Keys<Tile> keys(args, work, team.thread() % Swizzled<Tile::kHeadDim>::kPermuted);
+    constexpr int kChunkSharers = Tile::kInt8Pages ? kSharers<Tile> : Swizzled<Tile::kHeadDim>::kPermuted;
+    const int chunk = team.thread() % kChunkSharers;
+    const Keys<Tile> keys(args, work, chunk, Tile::kInt8Pages ? 2 * chunk : chunk);
     const int warp_row = team.warp * Tile::kRowsPerWarp;
     const SharedAddress queries = team.shared + warp_row * Swizzled<Tile::kHeadDim>::kRowBytes;
     const SharedAddress ring = team.shared + Tile::query_bytes(team.warps);
+    const auto stage_of = [&](int tile) { return ring + tile % Tile::kStages * Tile::kStageBytes; };
     const auto fetch = [&](int tile) {
         if (tile < work.key_tiles) {
-            load_keys<Tile>(keys, work.first_key_tile + tile, ring + tile % Tile::kStages * Tile::kStageBytes, team);
+            if constexpr (Tile::kInt8Pages) {
+                load_int8_keys<Tile>(keys, work.first_key_tile + tile, stage_of(tile), team);
+            } else {
+                load_keys<Tile>(keys, work.first_key_tile + tile, stage_of(tile), team);
+            }
         }
         cp_async_commit();
     };
@@ -96,25 +104,35 @@ __device__ __forceinline__ void attend(const AttnArgs& args, const Work& work, c
     if (args.params.write.count > 0) {  // while the first tiles are on their way
         const int worker = (work.split * args.row_tiles + work.row_tile) * team.warps + team.warp;
         const int workers = args.plan.splits * args.row_tiles * team.warps;
-        store_rows<Tile::kHeadDim>(args.params, work.batch, work.kv_head, worker, workers, team.lane);
+        if constexpr (Tile::kInt8Pages) {
+            store_rows<Tile::kHeadDim, 1, typename Tile::Element>(
+                args.params, work.batch, work.kv_head, worker, workers, team.lane);
+        } else {
+            store_rows<Tile::kHeadDim>(args.params, work.batch, work.kv_head, worker, workers, team.lane);
+        }
     }
 
     Registers<Tile> registers;
     registers.clear();
     const float scale_log2 = args.params.softmax_scale * kLog2E;
     for (int tile = 0; tile < work.key_tiles; ++tile) {
+        const int key_tile = work.first_key_tile + tile;
+        const SharedAddress k = stage_of(tile), v = k + Tile::kKeyBytes, scales = v + Tile::kKeyBytes;
+        const bool rounded = Tile::kInt8Pages && key_tile * Tile::kKeys < keys.history;
         cp_async_wait<Tile::kStages - 2>();
+        if constexpr (Tile::kInt8Pages) widen_keys(keys, key_tile, k, team);
         team.barrier();  // this tile is there for all, and all are done with the one before
         fetch(tile + Tile::kStages - 1);
         if (tile == 0) registers.load_query(queries, team.lane);
-        const uint64_t named = named_keys<Tile>(keys, work.first_key_tile + tile, team.lane);
+        const uint64_t named = named_keys<Tile>(keys, key_tile, team.lane);
         if (named == 0) continue;
-        const SharedAddress k = ring + tile % Tile::kStages * Tile::kStageBytes;
         registers.score(queries, k, team.lane);
+        if (rounded) registers.multiply(scales, team.lane);
         if (named != Tile::kAllKeys) registers.mask(named, team.lane);
         registers.raise_shift(scale_log2);
         registers.exponentiate(scale_log2);
-        registers.accumulate(k + Tile::kKeyBytes, team.lane);
+        if (rounded) registers.multiply(scales + Tile::kScaleBytes, team.lane);
+        registers.accumulate(v, team.lane);
     }
 
     registers.normalise();

@@ -79,6 +79,16 @@ struct Registers {
         }
     }
 
+    // Scores, or probabilities, times what stands for each key in shared memory.
+    __device__ __forceinline__ void multiply(SharedAddress factors, int lane) {
+#pragma unroll
+        for (int block = 0; block < kKeyBlocks; ++block) {
+            const float2 pair = load_shared_8(factors + (block * kMmaColumns + lane % 4 * 2) * 4);
+#pragma unroll
+            for (int i = 0; i < Tile::kRowBlocks * 4; ++i) scores[i / 4][block][i % 4] *= i % 2 == 0 ? pair.x : pair.y;
+        }
+    }
+
     // Scores of keys that are not there become −∞.
     __device__ __forceinline__ void mask(uint64_t named, int lane) {
         named >>= 2 * (lane % 4);

@@ -61,16 +61,20 @@ struct Keys {
     using Layout = Swizzled<Tile::kHeadDim>;
     using Bytes = const unsigned char*;
 
-    Bytes arena, k, v;
+    Bytes pages, k, v;
+    const float* scales;  // of int8 pages
+    int64_t arena;        // its first row, of all rows of the pool
     const int32_t* slots;
     int k_step, v_step, page_shift, history, tokens;
 
     struct Row {
         Bytes k, v;
+        const float* scale;  // of this row of K in an int8 page; that of V is page_size further
         bool named;
     };
 
-    __device__ __forceinline__ Keys(const AttnArgs& args, const Work& work, int chunk)
+    // The chunks: of a row of a page, and of one of the current scale.
+    __device__ __forceinline__ Keys(const AttnArgs& args, const Work& work, int page_chunk, int chunk)
         : slots(slots_of(args.params.read, work.batch, work.kv_head)),
           k_step(args.k_step),
           v_step(args.v_step),
@@ -78,12 +82,13 @@ struct Keys {
           history(args.params.read.count << args.page_shift),
           tokens(args.params.tokens) {
         const int64_t page = args.params.pool.arena[work.batch * args.params.kv_heads + work.kv_head];
-        arena = static_cast<Bytes>(args.params.pool.pages) + page * page_bytes() + chunk * kChunkBytes;
+        arena = page * 2 << page_shift;
+        pages = static_cast<Bytes>(args.params.pool.pages) + page_chunk * kChunkBytes;
+        scales = args.params.pool.scales;
         k = reinterpret_cast<Bytes>(row_of(args.params.k, work.batch, work.kv_head)) + chunk * kChunkBytes;
         v = reinterpret_cast<Bytes>(row_of(args.params.v, work.batch, work.kv_head)) + chunk * kChunkBytes;
     }
 
-    __device__ __forceinline__ int page_bytes() const { return (2 * Layout::kRowBytes) << page_shift; }
     __device__ __forceinline__ int row_in_page(int key) const { return key & ((1 << page_shift) - 1); }
 
     __device__ __forceinline__ bool named(int key) const {
@@ -94,11 +99,12 @@ struct Keys {
     __device__ __forceinline__ Row row(int key) const {
         if (key >= history) {
             const int token = key - history;
-            return {k + int64_t{token} * k_step, v + int64_t{token} * v_step, token < tokens};
+            return {k + int64_t{token} * k_step, v + int64_t{token} * v_step, nullptr, token < tokens};
         }
         const int slot = slots[key >> page_shift], row = row_in_page(key), page = slot >> kRowsBits;
-        const Bytes at = arena + int64_t{page} * page_bytes() + row * Layout::kRowBytes;
-        return {at, at + page_bytes() / 2, row < (slot & kRowsMask)};
+        const int64_t of_pool = arena + (int64_t{page} * 2 << page_shift) + row;
+        const Bytes at = pages + of_pool * Tile::kPageRowBytes;
+        return {at, at + (Tile::kPageRowBytes << page_shift), scales + of_pool, row < (slot & kRowsMask)};
     }
 };
 

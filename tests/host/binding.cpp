@@ -26,10 +26,16 @@ amskv::SlotTable table_of(const Table& slots) {
 }
 
 // The bytes from the first to the last element.
-amskv::host::Buffer buffer_of(const Bits& x) {
+amskv::host::Buffer buffer_of(const py::array& x) {
     size_t last = 0;
     for (py::ssize_t axis = 0; axis < x.ndim(); ++axis) last += (x.shape(axis) - 1) * x.strides(axis);
-    return {reinterpret_cast<const unsigned char*>(x.data()), last + 2};
+    return {static_cast<const unsigned char*>(x.data()), x.size() > 0 ? last + x.itemsize() : 0};
+}
+
+// Pages of either kind; `scales` is empty where they hold what k and v hold.
+amskv::Pool pool_of(const py::array& pages, const Table& arena, const py::array_t<float>& scales) {
+    return {const_cast<void*>(pages.data()), arena.data(), static_cast<int32_t>(pages.shape(2)),
+            static_cast<int32_t>(pages.shape(0)), scales.size() > 0 ? const_cast<float*>(scales.data()) : nullptr};
 }
 
 amskv::DType dtype_of(const std::string& name) {
@@ -37,15 +43,15 @@ amskv::DType dtype_of(const std::string& name) {
 }
 
 struct Call {
-    Bits q, k, v, pages, out;
+    Bits q, k, v, out;
+    py::array pages;
     Table arena, read, write;
-    py::array_t<float> lse;
+    py::array_t<float> lse, scales;
 
     amskv::AttnParams params(float softmax_scale, const std::string& dtype) const {
         amskv::AttnParams p{};
         p.q = rows_of(q), p.k = rows_of(k), p.v = rows_of(v);
-        p.pool = {const_cast<uint16_t*>(pages.data()), arena.data(), static_cast<int32_t>(pages.shape(2)),
-                  static_cast<int32_t>(pages.shape(0))};
+        p.pool = pool_of(pages, arena, scales);
         p.read = table_of(read), p.write = table_of(write);
         p.out = const_cast<uint16_t*>(out.data()), p.lse = const_cast<float*>(lse.data());
         p.softmax_scale = softmax_scale;
@@ -82,7 +88,9 @@ py::dict attn(
     const Call& call, float softmax_scale, const std::string& dtype, const amskv::AttnPlan& plan,
     const std::string& schedule) {
     const amskv::AttnParams params = call.params(softmax_scale, dtype);
-    prepare(schedule, {buffer_of(call.q), buffer_of(call.k), buffer_of(call.v), buffer_of(call.pages)});
+    prepare(
+        schedule,
+        {buffer_of(call.q), buffer_of(call.k), buffer_of(call.v), buffer_of(call.pages), buffer_of(call.scales)});
     std::vector<float> workspace(amskv::attn_workspace_bytes(params, plan) / sizeof(float), NAN);
     const amskv::Error error = amskv::attn(params, plan, workspace.data(), nullptr);
     if (error != amskv::kOk) throw std::invalid_argument("attn refused its arguments");
@@ -90,12 +98,12 @@ py::dict attn(
 }
 
 py::dict append(
-    const Bits& k, const Bits& v, const Bits& pages, const Table& arena, const Table& write,
-    const std::string& schedule) {
+    const Bits& k, const Bits& v, const py::array& pages, const Table& arena, const Table& write,
+    const py::array_t<float>& scales, const std::string& dtype, const std::string& schedule) {
     amskv::AppendParams p{};
     p.k = rows_of(k), p.v = rows_of(v), p.write = table_of(write);
-    p.pool = {const_cast<uint16_t*>(pages.data()), arena.data(), static_cast<int32_t>(pages.shape(2)),
-              static_cast<int32_t>(pages.shape(0))};
+    p.pool = pool_of(pages, arena, scales);
+    p.dtype = dtype_of(dtype);
     p.batch = k.shape(0), p.tokens = k.shape(1), p.kv_heads = k.shape(2), p.head_dim = k.shape(3);
     prepare(schedule, {});
     if (amskv::append(p, nullptr) != amskv::kOk) throw std::invalid_argument("append refused its arguments");
@@ -122,8 +130,10 @@ PYBIND11_MODULE(amskv_host, m) {
         .def_property_readonly("blocks", [](const amskv::AttnPlan& plan) { return plan.hopper.blocks; });
     py::class_<Call>(m, "Call", py::module_local())
         .def(
-            py::init([](Bits q, Bits k, Bits v, Bits pages, Bits out, Table arena, Table read, Table write,
-                        py::array_t<float> lse) { return Call{q, k, v, pages, out, arena, read, write, lse}; }));
+            py::init([](Bits q, Bits k, Bits v, py::array pages, Bits out, Table arena, Table read, Table write,
+                        py::array_t<float> lse, py::array_t<float> scales) {
+                return Call{q, k, v, out, pages, arena, read, write, lse, scales};
+            }));
     m.def("plan", &plan);
     m.def("attn", &attn);
     m.def("append", &append);

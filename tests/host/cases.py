@@ -13,6 +13,7 @@ from torch import Tensor
 
 from amskv_kernels.ops import reference
 from amskv_kernels.ops.backends import torch as torch_backend
+from amskv_kernels.ops.quantise import quantise
 from amskv_kernels.planning.layout import ROWS_BITS
 
 SHARED_BYTES = 163 * 1024  # of an sm_80 block
@@ -35,6 +36,7 @@ class Case:
     per_head: bool = False
     packed: bool = True
     dtype: torch.dtype = torch.bfloat16
+    int8: bool = False  # pages of int8, with scales
     seed: int = 0
     multiprocessors: int = 4
     plan: tuple[int, int, int, int] | None = None  # rows per warp, warps, teams, splits
@@ -48,7 +50,7 @@ class Case:
 
 @dataclass
 class Inputs:
-    """The tensors of a call; every row that nothing names is NaN."""
+    """The tensors of a call; every row that nothing names is NaN, in int8 pages its scale."""
 
     q: Tensor
     k: Tensor
@@ -58,6 +60,7 @@ class Inputs:
     read: Tensor
     write: Tensor
     scale: float
+    page_scales: Tensor | None = None
     out: Tensor = field(init=False)
     lse: Tensor = field(init=False)
 
@@ -70,10 +73,15 @@ class Inputs:
     def tables(self) -> tuple[Tensor, ...]:
         return self.q, self.k, self.v, self.pages, self.arena, self.read, self.write
 
+    @property
+    def call(self) -> tuple[Tensor | float | None, ...]:
+        """The arguments of an `attn`."""
+        return *self.tables, self.scale, self.page_scales
+
 
 def on(inputs: Inputs, device: torch.device) -> Inputs:
     """The same tensors elsewhere."""
-    return Inputs(*(x.to(device) for x in inputs.tables), inputs.scale)
+    return Inputs(*(x.to(device) if isinstance(x, Tensor) else x for x in inputs.call))
 
 
 def make(case: Case) -> Inputs:
@@ -87,7 +95,7 @@ def make(case: Case) -> Inputs:
     qkv = torch.randn(shape, generator=generator).to(case.dtype)
     parts = qkv.split([case.heads, case.kv_heads, case.kv_heads], 2)
     q, k, v = parts if case.packed else (part.transpose(1, 2).contiguous().transpose(1, 2) for part in parts)
-    pages = torch.full((heads * own, 2, case.page_size, case.head_dim), torch.nan, dtype=case.dtype)
+    pages, page_scales = _pool(case, heads * own, generator)
     arena = torch.from_numpy(rng.permutation(heads).astype(np.int32) * own).view(case.batch, case.kv_heads)
     tables = [_tables(case, own, written, rng) for _ in range(heads if case.per_head else 1)]
     for index in range(heads):
@@ -98,12 +106,26 @@ def make(case: Case) -> Inputs:
                 continue
             if case.hopper:  # it fetches whole pages, whose rest every store fills with zeros
                 pages[page] = 0
-            pages[page, :, :rows] = torch.randn(2, rows, case.head_dim, generator=generator).to(case.dtype)
+            filled = torch.randn(2, rows, case.head_dim, generator=generator).to(case.dtype)
+            if page_scales is None:
+                pages[page, :, :rows] = filled
+            else:  # rows of every size, so that another row's scale is seen
+                filled *= 2 ** torch.randint(-3, 4, (2, rows, 1), generator=generator)
+                pages[page, :, :rows], page_scales[page, :, :rows] = quantise(filled)
     lead = (case.batch, case.kv_heads) if case.per_head else (1, 1)
     read, write = (
         torch.tensor([t[i] for t in tables], dtype=torch.int32).view(*lead, len(tables[0][i])) for i in range(2)
     )
-    return Inputs(q, k, v, pages, arena, read, write, 1 / np.sqrt(case.head_dim))
+    return Inputs(q, k, v, pages, arena, read, write, 1 / np.sqrt(case.head_dim), page_scales)
+
+
+def _pool(case: Case, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+    """Pages, and their scales where they are int8, as nothing may read them."""
+    shape = (count, 2, case.page_size, case.head_dim)
+    if not case.int8:
+        return torch.full(shape, torch.nan, dtype=case.dtype), None
+    pages = torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
+    return pages, torch.full(shape[:3], torch.nan)
 
 
 def _tables(case: Case, own: int, written: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
@@ -152,9 +174,7 @@ def random_case(seed: int, tokens: list[int], head_dims: list[int], pages: int =
 
 def run(module: ModuleType, case: Case, inputs: Inputs, schedule: str) -> dict[str, int]:
     """Execute attn in place of `inputs.out`, `inputs.lse` and `inputs.pages`; the executor's counters."""
-    arrays = [_array(x) for x in (inputs.q, inputs.k, inputs.v, inputs.pages, inputs.out)]
-    tables = [x.numpy() for x in (inputs.arena, inputs.read, inputs.write, inputs.lse)]
-    call, dtype = module.Call(*arrays, *tables), str(case.dtype).removeprefix("torch.")
+    call, dtype = call_of(module, inputs), str(case.dtype).removeprefix("torch.")
     plan = module.plan(call, dtype, case.multiprocessors, SHARED_BYTES, False)
     if case.plan is not None:
         plan = module.Plan(*case.plan)
@@ -163,14 +183,28 @@ def run(module: ModuleType, case: Case, inputs: Inputs, schedule: str) -> dict[s
     return module.attn(call, inputs.scale, dtype, plan, schedule)
 
 
+def call_of(module: ModuleType, inputs: Inputs) -> object:
+    """The arrays that the executor works on: those of `inputs`."""
+    arrays = [array(x) for x in (inputs.q, inputs.k, inputs.v, inputs.pages, inputs.out)]
+    tables = [x.numpy() for x in (inputs.arena, inputs.read, inputs.write, inputs.lse)]
+    return module.Call(*arrays, *tables, scales_of(inputs))
+
+
+def append(module: ModuleType, case: Case, inputs: Inputs, schedule: str) -> dict[str, int]:
+    """Execute append in place of `inputs.pages`; the executor's counters."""
+    arrays = [array(x) for x in (inputs.k, inputs.v, inputs.pages)]
+    tables = (inputs.arena.numpy(), inputs.write.numpy(), scales_of(inputs))
+    return module.append(*arrays, *tables, str(case.dtype).removeprefix("torch."), schedule)
+
+
 def check(module: ModuleType, case: Case) -> dict[str, int]:
     """Eager equals lazy bit for bit, and both equal the fp64 reference as far as the dtype allows."""
     eager = make(case)
     lazy = copy.deepcopy(eager)
     counters = run(module, case, eager, "eager")
     assert run(module, case, lazy, "lazy") == counters
-    for name in ("out", "lse", "pages"):
-        assert torch.equal(_bits(getattr(eager, name)), _bits(getattr(lazy, name))), f"{name}: eager is not lazy"
+    for name in ("out", "lse", "pages", "page_scales"):
+        assert same(getattr(eager, name), getattr(lazy, name)), f"{name}: eager is not lazy"
     judge(case, eager)
     assert counters["bank_conflicts"] == 0, f"{counters['bank_conflicts']} bank conflicts"
     return counters
@@ -182,22 +216,31 @@ def judge(case: Case, done: Inputs) -> None:
     Judged on the device of `done.out`: fp64 on a CPU would take a large case minutes.
     """
     truth, plain = (on(make(case), done.out.device) for _ in range(2))
-    out, lse = reference.attn(*truth.tables, truth.scale)
-    torch_out, _ = torch_backend.attn(*plain.tables, plain.scale)
+    out, lse = reference.attn(*truth.call)
+    torch_out, _ = torch_backend.attn(*plain.call)
     rounding = torch.finfo(case.dtype).eps / 2
     allowed = 2 * (torch_out.double() - out).norm() + rounding * out.norm()
     assert (done.out.double() - out).norm() <= allowed, "out: more than twice the error of torch's attention"
     assert torch.allclose(done.lse.double(), lse, rtol=0, atol=2e-5), "lse is not that of the reference"
-    assert torch.equal(_bits(done.pages), _bits(truth.pages)), "pages differ from the reference's"
+    assert same(done.pages, truth.pages), "pages differ from the reference's"
+    assert same(done.page_scales, truth.page_scales), "page_scales differ from the reference's"
 
 
 def both_dtypes(case: Case) -> list[Case]:
     return [replace(case, dtype=dtype) for dtype in (torch.float16, torch.bfloat16)]
 
 
-def _array(x: Tensor) -> np.ndarray:
-    return x.view(torch.int16).numpy().view(np.uint16)
+def array(x: Tensor) -> np.ndarray:
+    """The bits of 16-bit elements, or int8."""
+    return x.numpy() if x.dtype is torch.int8 else x.view(torch.int16).numpy().view(np.uint16)
 
 
-def _bits(x: Tensor) -> Tensor:
-    return x.view(torch.int16 if x.element_size() == 2 else torch.int32)
+def scales_of(inputs: Inputs) -> np.ndarray:
+    return np.empty(0, np.float32) if inputs.page_scales is None else inputs.page_scales.numpy()
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Bit for bit."""
+    if a is None or b is None:
+        return a is b
+    return torch.equal(*(x.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[x.element_size()]) for x in (a, b)))

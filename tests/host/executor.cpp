@@ -11,6 +11,9 @@ constexpr size_t kStackBytes = 128 * 1024;
 constexpr unsigned char kPoison = 0xff;  // bytes of a NaN in fp16, bf16 and fp32
 constexpr int kBanks = 32, kBankBytes = 4;
 
+// Bit i: whether these bytes hold word i of their granule.
+int words_of(uint32_t address, int bytes) { return ((1 << bytes / kBankBytes) - 1) << address % kGranule / kBankBytes; }
+
 }  // namespace
 
 std::string at(const Where& where) {
@@ -275,36 +278,36 @@ void Executor::mark_written(Granule& granule, int lane, const Where& where) {
     granule.written_at = where;
 }
 
-void Executor::copy_async(uint32_t to, const void* from, bool valid, const Where& where) {
-    check_range(to, kGranule, where);
+void Executor::copy_async(uint32_t to, const void* from, int bytes, bool valid, const Where& where) {
+    check_range(to, bytes, where);
     if (valid) {
         const auto* const source = static_cast<const unsigned char*>(from);
-        const auto holds = [&](const Buffer& b) { return source >= b.begin && source + kGranule <= b.begin + b.size; };
-        if (reinterpret_cast<uintptr_t>(from) % kGranule != 0) fail("cp.async from an unaligned address", where);
+        const auto holds = [&](const Buffer& b) { return source >= b.begin && source + bytes <= b.begin + b.size; };
+        if (reinterpret_cast<uintptr_t>(from) % bytes != 0) fail("cp.async from an unaligned address", where);
         if (!options.buffers.empty() && std::none_of(options.buffers.begin(), options.buffers.end(), holds)) {
             fail("cp.async from outside every tensor", where);
         }
     }
     Granule& granule = granules_[to / kGranule];
-    if (granule.pending > 0)
+    if (granule.pending & words_of(to, bytes))
         fail("cp.async to bytes of one still under way, issued at " + at(granule.pending_at), where);
     check_ordered(granule, true, where);
-    const Copy copy{to, valid ? from : nullptr, where};
+    const Copy copy{to, bytes, valid ? from : nullptr, where};
     ++counters.copies;
     fiber().open.push_back(copy);
     if (!options.lazy) return perform(copy);
-    granule.pending = 1;
+    granule.pending |= words_of(to, bytes);
     granule.pending_at = where;
 }
 
 void Executor::perform(const Copy& copy) {
     Granule& granule = granules_[copy.to / kGranule];
-    granule.pending = 0;
+    granule.pending &= ~words_of(copy.to, copy.bytes);
     mark_written(granule, fiber().lane, copy.where);
     if (copy.from) {
-        std::memcpy(&shared_[copy.to], copy.from, kGranule);
+        std::memcpy(&shared_[copy.to], copy.from, copy.bytes);
     } else {
-        std::memset(&shared_[copy.to], 0, kGranule);
+        std::memset(&shared_[copy.to], 0, copy.bytes);
     }
 }
 
@@ -326,7 +329,7 @@ void Executor::wait_copies(size_t pending) {
 const unsigned char* Executor::read(uint32_t from, int bytes, int lane, const Where& where) {
     check_range(from, bytes, where);
     Granule& granule = granules_[from / kGranule];
-    if (granule.pending > 0)
+    if (granule.pending & words_of(from, bytes))
         fail("reads bytes of the copy issued at " + at(granule.pending_at) + ", which nothing waited for", where);
     check_ordered(granule, false, where);
     if (granule.writer == fiber().warp && granule.writer_lane != lane &&
@@ -341,13 +344,13 @@ const unsigned char* Executor::read(uint32_t from, int bytes, int lane, const Wh
 void Executor::write(uint32_t to, const void* from, int bytes, int lane, const Where& where) {
     check_range(to, bytes, where);
     Granule& granule = granules_[to / kGranule];
-    if (granule.pending > 0)
+    if (granule.pending & words_of(to, bytes))
         fail("writes over the copy issued at " + at(granule.pending_at) + ", still under way", where);
     check_ordered(granule, true, where);
     mark_written(granule, lane, where);
     std::memcpy(&shared_[to], from, bytes);
+    granule.unshown |= words_of(to, bytes);
     for (uint32_t word = to; word < to + bytes; word += kBankBytes) {
-        granule.unshown |= 1 << word % kGranule / kBankBytes;
         fibers_[fiber().warp * kLanes + lane]->written.push_back(word);
     }
 }

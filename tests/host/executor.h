@@ -98,6 +98,7 @@ struct Mbarrier {
 
 struct Copy {
     uint32_t to;
+    int bytes;
     const void* from;  // null: zeros
     Where where;
 };
@@ -142,7 +143,7 @@ struct Barrier {
 
 // What is known of 16 bytes of shared memory.
 struct Granule {
-    int pending = 0;  // copies into it, issued and not yet done
+    int pending = 0;  // bit i: a copy into word i was issued and is not yet done
     Where pending_at;
     int leaving = 0;    // bulk stores from it, issued and not yet waited for
     int unshown = 0;    // bit i: word i was written and not shown to the asynchronous proxy
@@ -166,7 +167,7 @@ public:
     Fiber& fiber() { return *fibers_[current_]; }
     void wait(const uint64_t& counter, const char* name, const Where& where);
     void barrier(int id, int threads, bool waits, const Where& where);
-    void copy_async(uint32_t to, const void* from, bool valid, const Where& where);
+    void copy_async(uint32_t to, const void* from, int bytes, bool valid, const Where& where);
     void commit();
     void wait_copies(size_t pending);
     // By a lane of the running fiber's warp.

@@ -9,6 +9,7 @@ namespace amskv::host {
 namespace {
 
 constexpr int kRowBytes = 128;  // of the only swizzle there is here
+constexpr int kAllWords = 15;  // of a granule
 constexpr int kMbarrierAlignment = 8, kBoxAlignment = 128, kAtomBytes = 1024;
 
 // Where a byte of a swizzled tile lies: the 16-byte chunk of a row is permuted by address bits 7 to 9.
@@ -114,7 +115,7 @@ void Executor::bulk_load(const BulkCopy& copy) {
         Granule& granule = granules_[to / kGranule];
         if (granule.pending > 0) fail("loads over a copy still under way", copy.where);
         check_ordered(granule, true, copy.where);
-        granule.pending = 1;
+        granule.pending = kAllWords;
         granule.pending_at = copy.where;
     });
     ++counters.bulk_loads;

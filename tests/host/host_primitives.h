@@ -30,6 +30,10 @@ struct alignas(8) float2 {
     float x, y;
 };
 
+struct alignas(8) uint2 {
+    uint32_t x, y;
+};
+
 struct Half {};
 struct BFloat16 {};
 
@@ -118,7 +122,11 @@ inline int shuffle_up(int value, int delta, Where where = Where::current()) {
 }
 
 inline void cp_async_16(SharedAddress to, const void* from, bool valid, Where where = Where::current()) {
-    Executor::get().copy_async(to, from, valid, where);
+    Executor::get().copy_async(to, from, 16, valid, where);
+}
+
+inline void cp_async_4(SharedAddress to, const void* from, bool valid, Where where = Where::current()) {
+    Executor::get().copy_async(to, from, 4, valid, where);
 }
 
 inline void cp_async_commit() { Executor::get().commit(); }
@@ -193,6 +201,19 @@ uint32_t pack(float low, float high) {
     return to_bits(low, T{}) | uint32_t{to_bits(high, T{})} << 16;
 }
 
+template <typename T>
+uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {  // fp32 holds the product and the sum of what the kernels pass
+    const auto at = [&](int i) { return std::fma(element<T>(a, i), element<T>(b, i), element<T>(c, i)); };
+    return pack<T>(at(0), at(1));
+}
+
+inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+    const uint64_t bytes = uint64_t{b} << 32 | a;
+    uint32_t result = 0;
+    for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return result;
+}
+
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1 / x; }
 
@@ -215,43 +236,42 @@ inline void store_shared_4(SharedAddress to, uint32_t value, Where where = Where
 inline uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
 inline float float_of(uint32_t bits) { return std::bit_cast<float>(bits); }
 
-inline uint32_t load_shared_4(SharedAddress from, Where where = Where::current()) {
-    struct Slot {
-        SharedAddress from;
-        uint32_t result;
-        Where where;
-    } mine{from, 0, where};
-    Executor::get().together("load_shared_4", where, mine, [](Slot** lanes) {
-        uint32_t addresses[host::kLanes];
-        for (int i = 0; i < host::kLanes; ++i) {
-            addresses[i] = lanes[i]->from;
-            std::memcpy(&lanes[i]->result, Executor::get().read(addresses[i], 4, i, lanes[i]->where), 4);
-        }
-        Executor::get().count_conflicts(addresses, host::kLanes);
-    });
-    return mine.result;
-}
-
 // By one lane or by all.
 inline void store_shared_16(SharedAddress to, const Chunk& value, Where where = Where::current()) {
     Executor::get().write(to, &value, 16, lane_of_fiber(), where);
 }
 
-inline Chunk load_shared_16(SharedAddress from, Where where = Where::current()) {
+// What every lane reads, and the bank conflicts of `together` lanes at a time.
+template <typename V>
+V load_shared(const char* name, SharedAddress from, int together, const Where& where) {
     struct Slot {
         SharedAddress from;
-        Chunk result;
+        V result;
+        int together;
         Where where;
-    } mine{from, {}, where};
-    Executor::get().together("load_shared_16", where, mine, [](Slot** lanes) {
+    } mine{from, {}, together, where};
+    Executor::get().together(name, where, mine, [](Slot** lanes) {
         uint32_t addresses[host::kLanes];
         for (int i = 0; i < host::kLanes; ++i) {
             addresses[i] = lanes[i]->from;
-            std::memcpy(&lanes[i]->result, Executor::get().read(addresses[i], 16, i, lanes[i]->where), 16);
+            std::memcpy(&lanes[i]->result, Executor::get().read(addresses[i], sizeof(V), i, lanes[i]->where), sizeof(V));
         }
-        for (int i = 0; i < host::kLanes; i += 8) Executor::get().count_conflicts(addresses + i, 8);
+        const int step = lanes[0]->together;
+        for (int i = 0; i < host::kLanes; i += step) Executor::get().count_conflicts(addresses + i, step);
     });
     return mine.result;
+}
+
+inline uint32_t load_shared_4(SharedAddress from, Where where = Where::current()) {
+    return load_shared<uint32_t>("load_shared_4", from, 32, where);
+}
+
+inline float2 load_shared_8(SharedAddress from, Where where = Where::current()) {
+    return load_shared<float2>("load_shared_8", from, 16, where);
+}
+
+inline Chunk load_shared_16(SharedAddress from, Where where = Where::current()) {
+    return load_shared<Chunk>("load_shared_16", from, 8, where);
 }
 
 template <typename Args>

@@ -83,12 +83,12 @@ def test_random_calls(host, seed):
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("grow", [0, 3])
 def test_append(host, head_dim, grow):
-    inputs = cases.make(Case(n=75, head_dim=head_dim, page_size=32, grow=grow, per_head=True))
+    case = Case(n=75, head_dim=head_dim, page_size=32, grow=grow, per_head=True)
+    inputs = cases.make(case)
     truth = copy.deepcopy(inputs)
     reference.append(*truth.tables[1:5], truth.write)
-    arrays = [x.view(torch.int16).numpy().view("uint16") for x in (inputs.k, inputs.v, inputs.pages)]
-    host.append(*arrays, inputs.arena.numpy(), inputs.write.numpy(), "lazy")
-    assert torch.equal(inputs.pages.view(torch.int16), truth.pages.view(torch.int16))
+    cases.append(host, case, inputs, "lazy")
+    assert cases.same(inputs.pages, truth.pages)
 
 
 def plan_of(host, case: Case, history_pages: int = 0, hopper: bool = False):
@@ -104,7 +104,8 @@ def plan_of(host, case: Case, history_pages: int = 0, hopper: bool = False):
     table = stretched(case.batch, case.kv_heads, dtype=np.int32)
     slots = stretched(1, 1, history_pages, dtype=np.int32)
     pages = stretched(1, 2, case.page_size, case.head_dim)
-    call = host.Call(q, k, k, pages, q, table, slots, slots, stretched(1, dtype=np.float32))
+    scales = stretched(1, 2, case.page_size, dtype=np.float32) if case.int8 else np.empty(0, np.float32)
+    call = host.Call(q, k, k, pages, q, table, slots, slots, stretched(1, dtype=np.float32), scales)
     return host.plan(call, "bfloat16", case.multiprocessors, cases.SHARED_BYTES, hopper)
 
 

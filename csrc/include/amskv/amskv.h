@@ -3,9 +3,10 @@
 // pages : (num_pages, 2, page_size, head_dim)   one page = page_size tokens of one head: K rows, then V rows
 // arena : (batch, kv_heads) int32               first page of this sequence-and-head's arena in the pool
 // slots : (batch|1, kv_heads|1, count) int32    page_offset << kRowsBits | rows, rows 1 … page_size, 0 = none
+// scales : (num_pages, 2, page_size) fp32       of pages of int8: a row is its bytes times its scale
 //
 // Of a page named in part, the other rows must be finite: they may be fetched and weighed 0. Stores leave zeros there.
-// All pointers are device pointers to 16-bit elements. The caller makes the device current.
+// All pointers are device pointers, q, k, v and out to 16-bit elements. The caller makes the device current.
 #pragma once
 
 #include <cstddef>
@@ -38,6 +39,7 @@ struct Pool {
     const int32_t* arena;
     int32_t page_size;  // 16, 32, 64 or 128
     int32_t num_pages;  // of the pool; the Hopper kernel describes it to the copy engine, and never reads past it
+    float* scales;      // of int8 pages, which the portable kernels take; null: pages hold the elements of k and v
 };
 
 // Slot entries; a stride of 0 broadcasts.
@@ -65,7 +67,7 @@ struct AppendParams {
     Pool pool;
     SlotTable write;
     int32_t batch, tokens, kv_heads, head_dim;
-    DType dtype;  // the GPU kernels move 16-bit elements of either kind
+    DType dtype;  // of k and v; where pages hold the same, the GPU kernels move 16-bit elements of either kind
 };
 
 // What the launch plan needs to know of a GPU, and whether it can run these kernels at all.

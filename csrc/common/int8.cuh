@@ -1,0 +1,84 @@
+// Rows of int8 with a scale each: exact to 16-bit elements, and from them as amskv_kernels/ops/quantise.py rounds.
+#pragma once
+
+#include <cmath>
+
+#include "common/device.cuh"
+
+namespace amskv {
+
+// Four int8, the first in the low byte, as two pairs of 16-bit elements. Every byte becomes the low mantissa bits of a
+// number whose unit is 1.
+template <typename T>
+__device__ __forceinline__ void widen(uint32_t (&pairs)[2], uint32_t bytes);
+
+// 1024 + (x + 128), of which fp16 has all bits.
+template <>
+__device__ __forceinline__ void widen<Half>(uint32_t (&pairs)[2], uint32_t bytes) {
+    constexpr uint32_t kOne = 0x3c003c00, kMinus1152 = 0xe480e480;
+    bytes ^= 0x80808080;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        pairs[i] = fma_pair<Half>(byte_permute(bytes, 0x64646464, i == 0 ? 0x4140 : 0x4342), kOne, kMinus1152);
+    }
+}
+
+// bf16 has one bit less: 128 + the low seven bits, minus 128, or 256 where the eighth is set.
+template <>
+__device__ __forceinline__ void widen<BFloat16>(uint32_t (&pairs)[2], uint32_t bytes) {
+    constexpr uint32_t kOne = 0x3f803f80, kSign = 0x80008000;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t raised = byte_permute(bytes, 0x43434343, i == 0 ? 0x4140 : 0x4342);
+        pairs[i] = fma_pair<BFloat16>(raised & 0xff7fff7f, kOne, (raised & 0xff80ff80) | kSign);
+    }
+}
+
+// How a row is rounded, from the largest magnitude of its elements, given as fp32's bits.
+struct RowScale {
+    float scale;
+    bool holds;  // else every byte is 0: a row that counts as zero, or with NaN or an infinity
+
+    __device__ __forceinline__ explicit RowScale(uint32_t largest) {
+        constexpr float kLevels = 127, kLeast = kLevels * 0x1p-126f;  // below, the scale would not be a normal number
+        const float most = float_of(largest);
+        holds = most >= kLeast && most < INFINITY;
+        scale = holds ? most / kLevels : most < kLeast ? 0 : float_of(0x7fc00000);
+        to_unit_ = float_of(0x7f800000 - (largest & 0x7f800000));
+        unit_scale_ = scale * to_unit_;
+        inverse_ = 1 / unit_scale_;
+    }
+
+    // Four elements, in pairs.
+    template <typename T>
+    __device__ __forceinline__ uint32_t round(uint32_t low, uint32_t high) const {
+        const uint32_t first = byte_permute(byte<T>(low, 0), byte<T>(low, 1), 0x0040);
+        const uint32_t second = byte_permute(byte<T>(high, 0), byte<T>(high, 1), 0x0040);
+        return holds ? byte_permute(first, second, 0x5410) : 0;
+    }
+
+private:
+    // A power of two that brings the row to the size of 2, where no residue underflows.
+    float to_unit_, unit_scale_, inverse_;
+
+    // The nearest whole number to the nearest fp32 number to x / scale, in the low byte. The residue of the quotient that
+    // the inverse gives makes it the nearest (Markstein).
+    template <typename T>
+    __device__ __forceinline__ uint32_t byte(uint32_t pair, int index) const {
+        constexpr float kWhole = 0x1.8p23f;  // adding it leaves the nearest whole number in the low bits
+        const float x = element<T>(pair, index) * to_unit_, quotient = x * inverse_;
+        return bits_of(fmaf(fmaf(-quotient, unit_scale_, x), inverse_, quotient) + kWhole);
+    }
+};
+
+template <typename T>
+__device__ __forceinline__ uint32_t larger_magnitude(uint32_t largest, uint32_t pair) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t magnitude = bits_of(element<T>(pair, i)) & 0x7fffffff;  // NaN above infinity above all others
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest;
+}
+
+}  // namespace amskv

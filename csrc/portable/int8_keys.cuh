@@ -1,0 +1,88 @@
+// Tiles of keys whose history lies in int8 pages: how they come into shared memory, and become 16-bit elements there.
+//
+// A 16-byte chunk of a page's row becomes two chunks of a tile's. The thread that fetches it puts it where the first of
+// the two will be, and widens it itself once it is there: nobody waits for anybody but at the barrier after that, which
+// a tile needs anyway. The fragments' way from there on is that of 16-bit pages, so a team widens a key once, however
+// many of its warps multiply with it.
+#pragma once
+
+#include "portable/work.cuh"
+
+namespace amskv {
+
+// Threads that share a row, each taking every kSharers'th pair of its chunks: their chunks lie in different banks.
+template <class Tile>
+inline constexpr int kSharers = Swizzled<Tile::kHeadDim>::kPermuted / 2;
+
+inline constexpr uint32_t kOtherOfPair = kChunkBytes;  // chunks 2 i and 2 i + 1 change places with each other alone
+
+// Fetches a tile of keys and values and their scales, 1 for rows of the current scale; rows that no slot names become
+// zero. Pages have whole multiples of the rows that a warp fetches at a time, so it takes one branch.
+template <class Tile>
+__device__ __forceinline__ void load_int8_keys(const Keys<Tile>& keys, int tile, SharedAddress stage, const Team& team) {
+    using Layout = Swizzled<Tile::kHeadDim>;
+    constexpr int kStep = 2 * kSharers<Tile> * kChunkBytes;
+    const int sharer = team.thread() % kSharers<Tile>, rows = team.threads() / kSharers<Tile>;
+#pragma unroll 1
+    for (int row = team.thread() / kSharers<Tile>; row < Tile::kKeys; row += rows) {
+        const int key = tile * Tile::kKeys + row;
+        const auto from = keys.row(key);
+        const SharedAddress to = stage + Layout::offset(row, 2 * sharer);
+        const SharedAddress scales = stage + 2 * Tile::kKeyBytes + row * 4;
+        if (key < keys.history) {
+#pragma unroll
+            for (int i = 0; i < Layout::kRowBytes; i += kStep) {
+                cp_async_16(to + i, from.k + i / 2, from.named);
+                cp_async_16(to + i + Tile::kKeyBytes, from.v + i / 2, from.named);
+            }
+            if (sharer != 0) continue;
+            cp_async_4(scales, from.scale, from.named);
+            cp_async_4(scales + Tile::kScaleBytes, from.scale + (1 << keys.page_shift), from.named);
+        } else {
+#pragma unroll
+            for (int i = 0; i < Layout::kRowBytes; i += kStep) {
+                cp_async_16(to + i, from.k + i, from.named);
+                cp_async_16((to ^ kOtherOfPair) + i, from.k + i + kChunkBytes, from.named);
+                cp_async_16(to + i + Tile::kKeyBytes, from.v + i, from.named);
+                cp_async_16((to ^ kOtherOfPair) + i + Tile::kKeyBytes, from.v + i + kChunkBytes, from.named);
+            }
+            store_shared_4(scales, bits_of(1));
+            store_shared_4(scales + Tile::kScaleBytes, bits_of(1));
+        }
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ void widen_chunk(SharedAddress at) {
+    const Chunk bytes = load_shared_16(at);
+    Chunk first, second;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        uint32_t pairs[2];
+        widen<T>(pairs, bytes.word[i]);
+        (i < 2 ? first : second).word[i % 2 * 2] = pairs[0];
+        (i < 2 ? first : second).word[i % 2 * 2 + 1] = pairs[1];
+    }
+    store_shared_16(at, first);
+    store_shared_16(at ^ kOtherOfPair, second);
+}
+
+// What this thread has fetched of the history becomes 16-bit elements. Its copies must be there, no one else's.
+template <class Tile>
+__device__ __forceinline__ void widen_keys(const Keys<Tile>& keys, int tile, SharedAddress stage, const Team& team) {
+    using Layout = Swizzled<Tile::kHeadDim>;
+    constexpr int kStep = 2 * kSharers<Tile> * kChunkBytes;
+    const int sharer = team.thread() % kSharers<Tile>, rows = team.threads() / kSharers<Tile>;
+    const int left = keys.history - tile * Tile::kKeys, end = left < Tile::kKeys ? left : Tile::kKeys;
+#pragma unroll 1
+    for (int row = team.thread() / kSharers<Tile>; row < end; row += rows) {
+        const SharedAddress at = stage + Layout::offset(row, 2 * sharer);
+#pragma unroll
+        for (int i = 0; i < Layout::kRowBytes; i += kStep) {
+            widen_chunk<typename Tile::Element>(at + i);
+            widen_chunk<typename Tile::Element>(at + i + Tile::kKeyBytes);
+        }
+    }
+}
+
+}  // namespace amskv
