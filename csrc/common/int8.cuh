@@ -7,32 +7,48 @@
 
 namespace amskv {
 
-// Four int8, the first in the low byte, as two pairs of 16-bit elements. Every byte becomes the low mantissa bits of a
+// Makes pairs of 16-bit elements of four int8, the first in the low byte: every byte becomes the low mantissa bits of a
 // number whose unit is 1.
 template <typename T>
-__device__ __forceinline__ void widen(uint32_t (&pairs)[2], uint32_t bytes);
+struct Widening;
 
 // 1024 + (x + 128), of which fp16 has all bits.
 template <>
-__device__ __forceinline__ void widen<Half>(uint32_t (&pairs)[2], uint32_t bytes) {
-    constexpr uint32_t kOne = 0x3c003c00, kMinus1152 = 0xe480e480;
-    bytes ^= 0x80808080;
+struct Widening<Half> {
+    uint32_t factor = 0x3c003c00, offset = 0xe480e480;  // 1 and −1152
+
+    __device__ __forceinline__ void operator()(uint32_t (&pairs)[2], uint32_t bytes) const {
+        bytes ^= 0x80808080;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        pairs[i] = fma_pair<Half>(byte_permute(bytes, 0x64646464, i == 0 ? 0x4140 : 0x4342), kOne, kMinus1152);
+        for (int i = 0; i < 2; ++i) {
+            pairs[i] = fma_pair<Half>(byte_permute(bytes, 0x64646464, i == 0 ? 0x4140 : 0x4342), factor, offset);
+        }
     }
-}
+
+    // For a row whose weights the scale would take out of fp16's range: as far as fp16 has it, the scale's power of two
+    // goes to the elements. `scale` keeps the rest, 1 … 2 mostly.
+    __device__ __forceinline__ static Widening by_power_of(float& scale) {
+        constexpr uint32_t kLeast = (127 - 24) << 23, kMost = (127 + 5) << 23;  // of the offset, 1152 · 32 is the most
+        const uint32_t exponent = bits_of(scale) & 0x7f800000;
+        const uint32_t power = exponent < kLeast ? kLeast : exponent > kMost ? kMost : exponent;
+        const float factor = float_of(power), offset = -1152 * factor;
+        scale *= float_of((254 << 23) - power);
+        return {pack<Half>(factor, factor), pack<Half>(offset, offset)};
+    }
+};
 
 // bf16 has one bit less: 128 + the low seven bits, minus 128, or 256 where the eighth is set.
 template <>
-__device__ __forceinline__ void widen<BFloat16>(uint32_t (&pairs)[2], uint32_t bytes) {
-    constexpr uint32_t kOne = 0x3f803f80, kSign = 0x80008000;
+struct Widening<BFloat16> {
+    __device__ __forceinline__ void operator()(uint32_t (&pairs)[2], uint32_t bytes) const {
+        constexpr uint32_t kOne = 0x3f803f80, kSign = 0x80008000;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const uint32_t raised = byte_permute(bytes, 0x43434343, i == 0 ? 0x4140 : 0x4342);
-        pairs[i] = fma_pair<BFloat16>(raised & 0xff7fff7f, kOne, (raised & 0xff80ff80) | kSign);
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t raised = byte_permute(bytes, 0x43434343, i == 0 ? 0x4140 : 0x4342);
+            pairs[i] = fma_pair<BFloat16>(raised & 0xff7fff7f, kOne, (raised & 0xff80ff80) | kSign);
+        }
     }
-}
+};
 
 // How a row is rounded, from the largest magnitude of its elements, given as fp32's bits.
 struct RowScale {

@@ -6,6 +6,9 @@
 // many of its warps multiply with it.
 #pragma once
 
+#include <type_traits>
+
+#include "common/int8.cuh"
 #include "portable/work.cuh"
 
 namespace amskv {
@@ -27,7 +30,7 @@ __device__ __forceinline__ void load_int8_keys(const Keys<Tile>& keys, int tile,
     for (int row = team.thread() / kSharers<Tile>; row < Tile::kKeys; row += rows) {
         const int key = tile * Tile::kKeys + row;
         const auto from = keys.row(key);
-        const SharedAddress to = stage + Layout::offset(row, 2 * sharer);
+        const SharedAddress to = stage + Layout::offset(team.thread() / kSharers<Tile>, 2 * sharer) + (row - team.thread() / kSharers<Tile>) * Layout::kRowBytes;
         const SharedAddress scales = stage + 2 * Tile::kKeyBytes + row * 4;
         if (key < keys.history) {
 #pragma unroll
@@ -53,13 +56,13 @@ __device__ __forceinline__ void load_int8_keys(const Keys<Tile>& keys, int tile,
 }
 
 template <typename T>
-__device__ __forceinline__ void widen_chunk(SharedAddress at) {
+__device__ __forceinline__ void widen_chunk(SharedAddress at, const Widening<T>& widen) {
     const Chunk bytes = load_shared_16(at);
     Chunk first, second;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         uint32_t pairs[2];
-        widen<T>(pairs, bytes.word[i]);
+        widen(pairs, bytes.word[i]);
         (i < 2 ? first : second).word[i % 2 * 2] = pairs[0];
         (i < 2 ? first : second).word[i % 2 * 2 + 1] = pairs[1];
     }
@@ -67,20 +70,36 @@ __device__ __forceinline__ void widen_chunk(SharedAddress at) {
     store_shared_16(at ^ kOtherOfPair, second);
 }
 
-// What this thread has fetched of the history becomes 16-bit elements. Its copies must be there, no one else's.
+// Takes the power of two out of the scale at this address, which another lane of the warp has fetched.
+__device__ __forceinline__ Widening<Half> take_power(SharedAddress at) {
+    warp_barrier();
+    float scale = float_of(load_shared_4(at));
+    warp_barrier();
+    const auto widening = Widening<Half>::by_power_of(scale);
+    store_shared_4(at, bits_of(scale));
+    return widening;
+}
+
+// What this thread has fetched of the history becomes 16-bit elements. Its warp's copies must be there, no one else's.
 template <class Tile>
 __device__ __forceinline__ void widen_keys(const Keys<Tile>& keys, int tile, SharedAddress stage, const Team& team) {
     using Layout = Swizzled<Tile::kHeadDim>;
+    using T = typename Tile::Element;
     constexpr int kStep = 2 * kSharers<Tile> * kChunkBytes;
     const int sharer = team.thread() % kSharers<Tile>, rows = team.threads() / kSharers<Tile>;
     const int left = keys.history - tile * Tile::kKeys, end = left < Tile::kKeys ? left : Tile::kKeys;
 #pragma unroll 1
     for (int row = team.thread() / kSharers<Tile>; row < end; row += rows) {
-        const SharedAddress at = stage + Layout::offset(row, 2 * sharer);
+        const SharedAddress at = stage + Layout::offset(team.thread() / kSharers<Tile>, 2 * sharer) + (row - team.thread() / kSharers<Tile>) * Layout::kRowBytes;
+        const Widening<T> of_key{};
+        Widening<T> of_value{};
+        if constexpr (std::is_same_v<T, Half>) {
+            of_value = take_power(stage + 2 * Tile::kKeyBytes + Tile::kScaleBytes + row * 4);
+        }
 #pragma unroll
         for (int i = 0; i < Layout::kRowBytes; i += kStep) {
-            widen_chunk<typename Tile::Element>(at + i);
-            widen_chunk<typename Tile::Element>(at + i + Tile::kKeyBytes);
+            widen_chunk(at + i, of_key);
+            widen_chunk(at + i + Tile::kKeyBytes, of_value);
         }
     }
 }
