@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cfloat>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -76,14 +77,40 @@ inline void check_slots(const char* name, const Tensor& slots, const Tensor& k) 
     }
 }
 
-// k, v, pages and arena.
+// Pages of int8 have scales, and no others.
+inline void check_page_scales(const std::optional<Tensor>& page_scales, const Tensor& pages) {
+    const char* const type = torch::headeronly::toString(pages.scalar_type());
+    if (pages.scalar_type() != ScalarType::Char) {
+        if (page_scales) refuse("page_scales is given for pages of ", type, "; only pages of Char have scales");
+        return;
+    }
+    if (!page_scales) refuse("page_scales is None; pages of Char need the scale of every row");
+    if (page_scales->scalar_type() != ScalarType::Float) {
+        refuse("page_scales is ", torch::headeronly::toString(page_scales->scalar_type()), "; it must be Float");
+    }
+    if (page_scales->device() != pages.device()) refuse("page_scales is on another device than pages");
+    if (page_scales->dim() != 3 || page_scales->size(0) != pages.size(0) || page_scales->size(1) != 2 ||
+        page_scales->size(2) != pages.size(2)) {
+        refuse(
+            "page_scales has shape ", shape_of(*page_scales), "; it must be (num_pages, 2, page_size) = (",
+            pages.size(0), ", 2, ", pages.size(2), ")");
+    }
+    if (!page_scales->is_contiguous()) refuse("page_scales is not contiguous; it must be");
+}
+
+// k, v, pages, arena and page_scales.
 inline void check_current(
-    const Tensor& k, const Tensor& v, const Tensor& pages, const Tensor& arena, Kernel kernel = Kernel::kGpu) {
+    const Tensor& k, const Tensor& v, const Tensor& pages, const Tensor& arena,
+    const std::optional<Tensor>& page_scales, Kernel kernel = Kernel::kGpu) {
     check_rows("k", k, "(B, n, Hkv, D)", kernel);
     check_rows("v", v, "(B, n, Hkv, D)", kernel);
     if (shape_of(v) != shape_of(k)) refuse("v has shape ", shape_of(v), "; it must have that of k, ", shape_of(k));
     check_same("v", v, "k", k);
-    check_same("pages", pages, "k", k);
+    if (pages.scalar_type() == ScalarType::Char) {
+        if (pages.device() != k.device()) refuse("pages is on another device than k");
+    } else {
+        check_same("pages", pages, "k", k);
+    }
     if (pages.dim() != 4 || pages.size(1) != 2 || pages.size(3) != k.size(3)) {
         refuse("pages has shape ", shape_of(pages), "; it must be (num_pages, 2, page_size, D = ", k.size(3), ")");
     }
@@ -94,6 +121,7 @@ inline void check_current(
     if (!pages.is_contiguous()) refuse("pages is not contiguous; it must be");
     if (kernel == Kernel::kGpu && reinterpret_cast<uintptr_t>(pages.data_ptr()) % 16 != 0)
         refuse("pages must begin at a multiple of 16 bytes");
+    check_page_scales(page_scales, pages);
     check_table("arena", arena, k);
     if (arena.dim() != 2 || arena.size(0) != k.size(0) || arena.size(1) != k.size(2)) {
         refuse("arena has shape ", shape_of(arena), "; it must be (B, Hkv) = (", k.size(0), ", ", k.size(2), ")");
@@ -102,9 +130,10 @@ inline void check_current(
 
 inline void check_attn(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pages, const Tensor& arena,
-    const Tensor& read_slots, const Tensor& write_slots, double softmax_scale, Kernel kernel = Kernel::kGpu) {
+    const Tensor& read_slots, const Tensor& write_slots, double softmax_scale,
+    const std::optional<Tensor>& page_scales, Kernel kernel = Kernel::kGpu) {
     check_rows("q", q, "(B, n, H, D)", kernel);
-    check_current(k, v, pages, arena, kernel);
+    check_current(k, v, pages, arena, page_scales, kernel);
     check_same("q", q, "k", k);
     if (q.size(0) != k.size(0) || q.size(1) != k.size(1) || q.size(3) != k.size(3)) {
         refuse("q has shape ", shape_of(q), "; its B, n and D must be those of k, which has shape ", shape_of(k));

@@ -74,7 +74,7 @@ AttnParams params_of(
     const Tensor& read_slots, const Tensor& write_slots, double softmax_scale) {
     AttnParams p{};
     p.q = rows_of(q), p.k = rows_of(k), p.v = rows_of(v);
-    p.pool = pool_of(pages, arena);
+    p.pool = pool_of(pages, arena, std::nullopt);
     p.read = table_of(read_slots), p.write = table_of(write_slots);
     p.softmax_scale = static_cast<float>(softmax_scale);
     p.batch = q.size(0), p.tokens = q.size(1), p.heads = q.size(2), p.kv_heads = k.size(2), p.head_dim = q.size(3);
@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor> attn_cpu(
     Tensor q, Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor read_slots, Tensor write_slots,
     double softmax_scale, std::string instruction_set) {
     check_on_cpu("k", k);
-    check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, Kernel::kCpu);
+    check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, std::nullopt, Kernel::kCpu);
     AttnParams p = params_of(q, k, v, pages, arena, read_slots, write_slots, softmax_scale);
     check_tables(p.pool, p.read, p.write, p.batch, p.kv_heads, p.tokens);
     if (p.write.count > 0) check_apart("q", q, pages), check_apart("k", k, pages), check_apart("v", v, pages);
@@ -105,11 +105,11 @@ std::tuple<Tensor, Tensor> attn_cpu(
 
 void append_cpu(Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor write_slots) {
     check_on_cpu("k", k);
-    check_current(k, v, pages, arena, Kernel::kCpu);
+    check_current(k, v, pages, arena, std::nullopt, Kernel::kCpu);
     check_slots("write_slots", write_slots, k);
     AppendParams p{};
     p.k = rows_of(k), p.v = rows_of(v);
-    p.pool = pool_of(pages, arena);
+    p.pool = pool_of(pages, arena, std::nullopt);
     p.write = table_of(write_slots);
     p.batch = k.size(0), p.tokens = k.size(1), p.kv_heads = k.size(2), p.head_dim = k.size(3);
     p.dtype = dtype_of(k);

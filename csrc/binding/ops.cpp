@@ -44,6 +44,10 @@ Device device_facts(int32_t index) {
     return *device;
 }
 
+DType dtype_of(const Tensor& x) {
+    return x.scalar_type() == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;
+}
+
 // `x` itself where the kernels can load it 16 bytes at a time, else a copy.
 Tensor aligned(const Tensor& x) {
     bool fits = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
@@ -53,8 +57,8 @@ Tensor aligned(const Tensor& x) {
 
 std::tuple<Tensor, Tensor> attn_with(
     Kernels kernels, Tensor q, Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor read_slots, Tensor write_slots,
-    double softmax_scale) {
-    check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale);
+    double softmax_scale, const std::optional<Tensor>& page_scales) {
+    check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales);
     const DeviceScope scope(k);
     q = aligned(q), k = aligned(k), v = aligned(v);
     const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), head_dim = q.size(3);
@@ -64,12 +68,12 @@ std::tuple<Tensor, Tensor> attn_with(
     Tensor lse = torch::stable::new_empty(q, {lse_shape.data(), lse_shape.size()}, ScalarType::Float);
     AttnParams p{};
     p.q = rows_of(q), p.k = rows_of(k), p.v = rows_of(v);
-    p.pool = pool_of(pages, arena);
+    p.pool = pool_of(pages, arena, page_scales);
     p.read = table_of(read_slots), p.write = table_of(write_slots);
     p.out = out.data_ptr(), p.lse = static_cast<float*>(lse.data_ptr());
     p.softmax_scale = static_cast<float>(softmax_scale);
     p.batch = batch, p.tokens = tokens, p.heads = heads, p.kv_heads = k.size(2), p.head_dim = head_dim;
-    p.dtype = q.scalar_type() == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;
+    p.dtype = dtype_of(q);
     const AttnPlan plan = plan_attn(p, device_facts(scope.index()), kernels);
     const std::array<int64_t, 1> scratch{static_cast<int64_t>(attn_workspace_bytes(p, plan) / sizeof(float))};
     std::optional<Tensor> workspace;
@@ -81,39 +85,47 @@ std::tuple<Tensor, Tensor> attn_with(
 
 std::tuple<Tensor, Tensor> attn_cuda(
     Tensor q, Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor read_slots, Tensor write_slots,
-    double softmax_scale) {
-    return attn_with(Kernels::kPortable, q, k, v, pages, arena, read_slots, write_slots, softmax_scale);
+    double softmax_scale, std::optional<Tensor> page_scales) {
+    return attn_with(Kernels::kPortable, q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales);
 }
 
 std::tuple<Tensor, Tensor> attn_hopper(
     Tensor q, Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor read_slots, Tensor write_slots,
-    double softmax_scale) {
-    return attn_with(Kernels::kHopper, q, k, v, pages, arena, read_slots, write_slots, softmax_scale);
+    double softmax_scale, std::optional<Tensor> page_scales) {
+    return attn_with(Kernels::kHopper, q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales);
 }
 
-void append_cuda(Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor write_slots) {
-    check_current(k, v, pages, arena);
+void append_cuda(
+    Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor write_slots, std::optional<Tensor> page_scales) {
+    check_current(k, v, pages, arena, page_scales);
     check_slots("write_slots", write_slots, k);
     const DeviceScope scope(k);
     device_facts(scope.index());
     k = aligned(k), v = aligned(v);
     AppendParams p{};
     p.k = rows_of(k), p.v = rows_of(v);
-    p.pool = pool_of(pages, arena);
+    p.pool = pool_of(pages, arena, page_scales);
     p.write = table_of(write_slots);
     p.batch = k.size(0), p.tokens = k.size(1), p.kv_heads = k.size(2), p.head_dim = k.size(3);
+    p.dtype = dtype_of(k);
     if (const Error error = amskv::append(p, scope.stream()); error != kOk) fail("append", error);
 }
 
 // The most dynamic shared memory that a team of an attention kernel asks for; ptxas knows of static memory alone.
-template <int kHeadDim, int kRowsPerWarp>
+template <int kHeadDim, int kRowsPerWarp, bool kInt8Pages = false>
 std::string tile_info() {
-    using Shape = Tile<void, kHeadDim, kRowsPerWarp>;
+    using Shape = Tile<void, kHeadDim, kRowsPerWarp, kInt8Pages>;
     std::ostringstream text;
-    text << "{\"head_dim\": " << kHeadDim << ", \"rows_per_warp\": " << kRowsPerWarp << ", \"keys\": " << Shape::kKeys
+    text << "{\"head_dim\": " << kHeadDim << ", \"rows_per_warp\": " << kRowsPerWarp
+         << ", \"int8_pages\": " << (kInt8Pages ? "true" : "false") << ", \"keys\": " << Shape::kKeys
          << ", \"stages\": " << Shape::kStages << ", \"shared\": " << Shape::team_bytes(kMaxWarps, Shape::kStages)
          << '}';
     return text.str();
+}
+
+template <int kHeadDim>
+std::string int8_tile_info() {
+    return tile_info<kHeadDim, int8_rows_per_warp(kHeadDim), true>();
 }
 
 template <int kHeadDim>
@@ -130,7 +142,8 @@ std::string build_info() {
     std::string info = kBuildInfo;  // a JSON object
     info.pop_back();
     info += ", \"tiles\": [" + tile_info<64, 16>() + ", " + tile_info<64, 32>() + ", " + tile_info<96, 16>() + ", " +
-            tile_info<128, 16>() + ", " + tile_info<128, 32>() + "], \"hopper_tiles\": [" + hopper_tile_info<64>() +
+            tile_info<128, 16>() + ", " + tile_info<128, 32>() + ", " + int8_tile_info<64>() + ", " +
+            int8_tile_info<96>() + ", " + int8_tile_info<128>() + "], \"hopper_tiles\": [" + hopper_tile_info<64>() +
             ", " + hopper_tile_info<128>() + "]}";
     return info;
 }
@@ -143,13 +156,13 @@ std::string build_info() {
 STABLE_TORCH_LIBRARY_FRAGMENT(amskv, m) {
     m.def(
         "attn_cuda(Tensor q, Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor read_slots, Tensor "
-        "write_slots, "
-        "float softmax_scale) -> (Tensor, Tensor)");
+        "write_slots, float softmax_scale, Tensor(b!)? page_scales=None) -> (Tensor, Tensor)");
     m.def(
         "attn_hopper(Tensor q, Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor read_slots, Tensor "
-        "write_slots, "
-        "float softmax_scale) -> (Tensor, Tensor)");
-    m.def("append_cuda(Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor write_slots) -> ()");
+        "write_slots, float softmax_scale, Tensor(b!)? page_scales=None) -> (Tensor, Tensor)");
+    m.def(
+        "append_cuda(Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor write_slots, "
+        "Tensor(b!)? page_scales=None) -> ()");
     m.def("build_info() -> str");
 }
 

@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
+
 #include "amskv/amskv.h"
 
 namespace amskv {
@@ -20,10 +22,10 @@ inline SlotTable table_of(const Tensor& slots) {
         static_cast<int32_t>(slots.size(2))};
 }
 
-inline Pool pool_of(const Tensor& pages, const Tensor& arena) {
+inline Pool pool_of(const Tensor& pages, const Tensor& arena, const std::optional<Tensor>& page_scales) {
     return {
         pages.data_ptr(), static_cast<const int32_t*>(arena.data_ptr()), static_cast<int32_t>(pages.size(2)),
-        static_cast<int32_t>(pages.size(0))};
+        static_cast<int32_t>(pages.size(0)), page_scales ? static_cast<float*>(page_scales->data_ptr()) : nullptr};
 }
 
 }  // namespace amskv

@@ -50,19 +50,22 @@ struct Widening<BFloat16> {
     }
 };
 
-// How a row is rounded, from the largest magnitude of its elements, given as fp32's bits.
+// How a row is rounded, from the largest magnitude of its elements, given as fp32's bits. All of it happens at the size
+// where that is 2 … 4: no residue underflows there, and no division needs the slow path of CUDA's own.
 struct RowScale {
     float scale;
     bool holds;  // else every byte is 0: a row that counts as zero, or with NaN or an infinity
 
     __device__ __forceinline__ explicit RowScale(uint32_t largest) {
         constexpr float kLevels = 127, kLeast = kLevels * 0x1p-126f;  // below, the scale would not be a normal number
-        const float most = float_of(largest);
+        const uint32_t exponent = largest & 0x7f800000;
+        const float most = float_of(largest), from_unit = float_of(exponent - 0x00800000);
         holds = most >= kLeast && most < INFINITY;
-        scale = holds ? most / kLevels : most < kLeast ? 0 : float_of(0x7fc00000);
-        to_unit_ = float_of(0x7f800000 - (largest & 0x7f800000));
-        unit_scale_ = scale * to_unit_;
-        inverse_ = 1 / unit_scale_;
+        to_unit_ = float_of(0x7f800000 - exponent);
+        unit_scale_ = quotient(most * to_unit_, kLevels, 1 / kLevels);
+        inverse_ = reciprocal(unit_scale_);
+        inverse_ = fmaf(fmaf(-unit_scale_, inverse_, 1), inverse_, inverse_);
+        scale = holds ? unit_scale_ * from_unit : most < kLeast ? 0 : float_of(0x7fc00000);
     }
 
     // Four elements, in pairs.
@@ -74,16 +77,19 @@ struct RowScale {
     }
 
 private:
-    // A power of two that brings the row to the size of 2, where no residue underflows.
     float to_unit_, unit_scale_, inverse_;
 
-    // The nearest whole number to the nearest fp32 number to x / scale, in the low byte. The residue of the quotient that
-    // the inverse gives makes it the nearest (Markstein).
+    // The fp32 number nearest to x / divisor, given the one nearest to 1 / divisor (Markstein).
+    __device__ __forceinline__ static float quotient(float x, float divisor, float inverse) {
+        const float near = x * inverse;
+        return fmaf(fmaf(-near, divisor, x), inverse, near);
+    }
+
+    // The nearest whole number, half to even, in the low byte.
     template <typename T>
     __device__ __forceinline__ uint32_t byte(uint32_t pair, int index) const {
         constexpr float kWhole = 0x1.8p23f;  // adding it leaves the nearest whole number in the low bits
-        const float x = element<T>(pair, index) * to_unit_, quotient = x * inverse_;
-        return bits_of(fmaf(fmaf(-quotient, unit_scale_, x), inverse_, quotient) + kWhole);
+        return bits_of(quotient(element<T>(pair, index) * to_unit_, unit_scale_, inverse_) + kWhole);
     }
 };
 

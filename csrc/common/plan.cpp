@@ -77,11 +77,8 @@ AttnPlan plan_attn(const AttnParams& p, const Device& device, Kernels kernels) {
     const int rows = p.tokens * (p.heads / p.kv_heads);
     AttnPlan plan{16, std::clamp(ceil_div(rows, 16), 1, kMaxWarps), 1, 1, {}};
     if (prefers_wide(p, rows)) plan = {32, kMaxWarps, 1, 1, {}};
-    if (p.pool.scales != nullptr) {
-        plan = plan_int8(p, rows);
-    } else if (kernels == Kernels::kHopper) {
-        plan.hopper = plan_hopper(p, device);
-    }
+    if (p.pool.scales != nullptr) plan = plan_int8(p, rows);
+    if (kernels == Kernels::kHopper) plan.hopper = plan_hopper(p, device);
     if (plan.hopper.tile_rows > 0) return plan;  // no splits: the grid is persistent
     const Cut whole = cut_of(p, plan);
     const int wanted = kBlocksWanted * device.multiprocessors;

@@ -115,7 +115,7 @@ __device__ __forceinline__ int inclusive_sum(int value, int lane) {
 // The share of warp `worker` of `workers` in the store of one sequence and head. All lanes of the warp take part. Rows of
 // `Rounded`, where it is given, go to int8 pages; else pages hold what they are.
 template <
-    int kHeadDim, int kInFlight = kUnitRows * kHeadDim / kChunkElements / kWarpLanes, typename Rounded = void,
+    int kHeadDim, typename Rounded = void, int kInFlight = kUnitRows * kHeadDim / kChunkElements / kWarpLanes,
     typename Params>
 __device__ __forceinline__ void store_rows(const Params& p, int batch, int kv_head, int worker, int workers, int lane) {
     constexpr bool kRounds = !std::is_void_v<Rounded>;

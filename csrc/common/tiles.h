@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace amskv {
 
@@ -60,7 +61,8 @@ struct Tile {
     // many as its shared memory holds on sm_80.
     static constexpr int kBlocksPerMultiprocessor = !kWide && kHeadDim == 64 ? 3 : 2;
 
-    static constexpr uint64_t kAllKeys = ~uint64_t{0} >> (64 - kKeys);
+    using KeyMask = std::conditional_t<kKeys == 32, uint32_t, uint64_t>;  // bit i: key i of the tile is there
+    static constexpr KeyMask kAllKeys = ~KeyMask{0};
     static constexpr int kKeyBytes = kKeys * kHeadDim * kElementBytes;
     static constexpr int kPageRowBytes = kHeadDim * (kInt8Pages ? 1 : kElementBytes);
     static constexpr int kScaleBytes = kInt8Pages ? kKeys * 4 : 0;

@@ -73,7 +73,7 @@ bool serves(const AttnParams& p) {
                (heads == 1 || rows.head_stride > 0);
     };
     return (p.head_dim == 64 || p.head_dim == 128) && p.heads % p.kv_heads == 0 && p.pool.num_pages > 0 &&
-           steps(p.q, p.heads) && steps(p.k, p.kv_heads) && steps(p.v, p.kv_heads);
+           p.pool.scales == nullptr && steps(p.q, p.heads) && steps(p.k, p.kv_heads) && steps(p.v, p.kv_heads);
 }
 
 Error attn(const AttnParams& params, const HopperPlan& plan, Stream stream) {

@@ -5,8 +5,8 @@
 
 namespace amskv::hopper {
 
-// What the Hopper kernel needs of a call beyond its contract: a head size it has, and strides that the copy engine can
-// step by.
+// What the Hopper kernel needs of a call beyond its contract: a head size it has, strides that the copy engine can step
+// by, and 16-bit pages (docs/hopper.md says why).
 bool serves(const AttnParams& params);
 
 Error attn(const AttnParams& params, const HopperPlan& plan, Stream stream);

@@ -236,7 +236,7 @@ __device__ __forceinline__ void store_rest(const Args& args, int lane) {
         const Table pages(p, p.write, item);
         const StoreLayout layout(args, item, lane);
         if (!layout.boxwise) {
-            store_rows<Tile::kHeadDim, 1>(p, item.batch, item.kv_head, item.row_tile, args.row_tiles, lane);
+            store_rows<Tile::kHeadDim, void, 1>(p, item.batch, item.kv_head, item.row_tile, args.row_tiles, lane);
         } else if (layout.joined > 0 && item.row_tile == 0) {
             const int64_t at = int64_t{pages.page(pages.slots[0])} * 2 * p.pool.page_size * Tile::kHeadDim;
             const int rows = pages.slots[0] & kRowsMask;

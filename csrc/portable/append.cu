@@ -14,16 +14,18 @@ struct AppendArgs {
 
 template <int kHeadDim>
 __device__ __forceinline__ void store(const AppendParams& p, int batch, int kv_head, int worker, int workers, int lane) {
-    constexpr int kInFlight = 1;  // of rows to be rounded, which are loaded otherwise
     if (p.pool.scales == nullptr) return store_rows<kHeadDim>(p, batch, kv_head, worker, workers, lane);
     if (p.dtype == DType::kFloat16) {
-        store_rows<kHeadDim, kInFlight, Half>(p, batch, kv_head, worker, workers, lane);
+        store_rows<kHeadDim, Half>(p, batch, kv_head, worker, workers, lane);
     } else {
-        store_rows<kHeadDim, kInFlight, BFloat16>(p, batch, kv_head, worker, workers, lane);
+        store_rows<kHeadDim, BFloat16>(p, batch, kv_head, worker, workers, lane);
     }
 }
 
-__global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant__ AppendArgs args) {
+inline constexpr int kBlocksPerMultiprocessor = 4;  // 128 registers a thread; left to itself, ptxas takes 96 and spills
+
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    append_kernel(const __grid_constant__ AppendArgs args) {
     const AppendParams& p = args.params;
     const int head = blockIdx.x / args.blocks_per_head, batch = head / p.kv_heads, kv_head = head % p.kv_heads;
     const int lane = threadIdx.x % kWarpLanes, workers = args.blocks_per_head * kMaxWarps;

@@ -21,7 +21,7 @@ __device__ __forceinline__ void store_lse(
     const AttnParams& p = args.params;
     const bool final = args.plan.splits == 1;
     const int64_t rows = int64_t{p.batch} * p.heads * p.tokens;
-    float* const to = final ? p.lse : args.partial_sums + 2 * work.split * rows;
+    float* const to = final ? p.lse : args.partial_sums + 2 * work.split(args) * rows;
 #pragma unroll
     for (int i = 0; i < Tile::kRowBlocks * 2; ++i) {
         const QueryRow at(args, work.kv_head, first_row + i * 8 + lane / 4);
@@ -70,7 +70,7 @@ __device__ __forceinline__ void store_partial(
     for (int i = 0; i < Tile::kRowBlocks * 2; ++i) {
         const QueryRow at(args, work.kv_head, first_row + i * 8 + lane / 4);
         if (!at.real) continue;
-        const int64_t sequence = int64_t{work.split} * p.batch + work.batch;
+        const int64_t sequence = int64_t{work.split(args)} * p.batch + work.batch;
         float* const to = args.partial_out + ((sequence * p.tokens + at.token) * p.heads + at.head) * Tile::kHeadDim;
 #pragma unroll
         for (int column = 0; column < Registers<Tile>::kOutBlocks; ++column) {
@@ -82,56 +82,51 @@ __device__ __forceinline__ void store_partial(
 
 template <class Tile>
 __device__ __forceinline__ void attend(const AttnArgs& args, const Work& work, const Team& team) {
-    constexpr int kChunkSharers = Tile::kInt8Pages ? kSharers<Tile> : Swizzled<Tile::kHeadDim>::kPermuted;
+    constexpr int kChunkSharers = Tile::kInt8Pages ? Share<Tile>::kSharers : Swizzled<Tile::kHeadDim>::kPermuted;
     const int chunk = team.thread() % kChunkSharers;
     const Keys<Tile> keys(args, work, chunk, Tile::kInt8Pages ? 2 * chunk : chunk);
     const int warp_row = team.warp * Tile::kRowsPerWarp;
     const SharedAddress queries = team.shared + warp_row * Swizzled<Tile::kHeadDim>::kRowBytes;
     const SharedAddress ring = team.shared + Tile::query_bytes(team.warps);
+    const int first = work.first_key_tile, end = work.end_key_tile;
     const auto stage_of = [&](int tile) { return ring + tile % Tile::kStages * Tile::kStageBytes; };
     const auto fetch = [&](int tile) {
-        if (tile < work.key_tiles) {
+        if (tile < end) {
             if constexpr (Tile::kInt8Pages) {
-                load_int8_keys<Tile>(keys, work.first_key_tile + tile, stage_of(tile), team);
+                load_int8_keys<Tile>(keys, tile, stage_of(tile), team);
             } else {
-                load_keys<Tile>(keys, work.first_key_tile + tile, stage_of(tile), team);
+                load_keys<Tile>(keys, tile, stage_of(tile), team);
             }
         }
         cp_async_commit();
     };
     load_queries<Tile>(args, work, team);
-    for (int tile = 0; tile < Tile::kStages - 1; ++tile) fetch(tile);
+    for (int tile = 0; tile < Tile::kStages - 1; ++tile) fetch(first + tile);
     if (args.params.write.count > 0) {  // while the first tiles are on their way
-        const int worker = (work.split * args.row_tiles + work.row_tile) * team.warps + team.warp;
+        const int worker = (work.split(args) * args.row_tiles + work.row_tile) * team.warps + team.warp;
         const int workers = args.plan.splits * args.row_tiles * team.warps;
-        if constexpr (Tile::kInt8Pages) {
-            store_rows<Tile::kHeadDim, 1, typename Tile::Element>(
-                args.params, work.batch, work.kv_head, worker, workers, team.lane);
-        } else {
-            store_rows<Tile::kHeadDim>(args.params, work.batch, work.kv_head, worker, workers, team.lane);
-        }
+        using Rounded = std::conditional_t<Tile::kInt8Pages, typename Tile::Element, void>;
+        store_rows<Tile::kHeadDim, Rounded>(args.params, work.batch, work.kv_head, worker, workers, team.lane);
     }
 
     Registers<Tile> registers;
     registers.clear();
     const float scale_log2 = args.params.softmax_scale * kLog2E;
-    for (int tile = 0; tile < work.key_tiles; ++tile) {
-        const int key_tile = work.first_key_tile + tile;
+    for (int tile = first; tile < end; ++tile) {
         const SharedAddress k = stage_of(tile), v = k + Tile::kKeyBytes, scales = v + Tile::kKeyBytes;
-        const bool rounded = Tile::kInt8Pages && key_tile * Tile::kKeys < keys.history;
         cp_async_wait<Tile::kStages - 2>();
-        if constexpr (Tile::kInt8Pages) widen_keys(keys, key_tile, k, team);
+        if constexpr (Tile::kInt8Pages) widen_keys(keys, tile, k, team);
         team.barrier();  // this tile is there for all, and all are done with the one before
         fetch(tile + Tile::kStages - 1);
-        if (tile == 0) registers.load_query(queries, team.lane);
-        const uint64_t named = named_keys<Tile>(keys, key_tile, team.lane);
+        if (tile == first) registers.load_query(queries, team.lane);
+        const auto named = named_keys<Tile>(keys, tile, team.lane);
         if (named == 0) continue;
         registers.score(queries, k, team.lane);
-        if (rounded) registers.multiply(scales, team.lane);
+        if (Tile::kInt8Pages && tile * Tile::kKeys < keys.history) registers.multiply(scales, team.lane);
         if (named != Tile::kAllKeys) registers.mask(named, team.lane);
         registers.raise_shift(scale_log2);
         registers.exponentiate(scale_log2);
-        if (rounded) registers.multiply(scales + Tile::kScaleBytes, team.lane);
+        if (Tile::kInt8Pages && tile * Tile::kKeys < keys.history) registers.multiply(scales + Tile::kScaleBytes, team.lane);
         registers.accumulate(v, team.lane);
     }
 

@@ -13,44 +13,62 @@
 
 namespace amskv {
 
-// Threads that share a row, each taking every kSharers'th pair of its chunks: their chunks lie in different banks.
-template <class Tile>
-inline constexpr int kSharers = Swizzled<Tile::kHeadDim>::kPermuted / 2;
-
 inline constexpr uint32_t kOtherOfPair = kChunkBytes;  // chunks 2 i and 2 i + 1 change places with each other alone
+
+// What one thread fetches and widens: every `step`th row from `first` on, and of each the pairs of chunks `sharer`,
+// `sharer` + kSharers and so on. So many threads share a row that their chunks lie in different banks.
+template <class Tile>
+struct Share {
+    using Layout = Swizzled<Tile::kHeadDim>;
+    static constexpr int kSharers = Layout::kPermuted / 2;
+    static constexpr int kStep = 2 * kSharers * kChunkBytes;  // from a pair to the next, in a tile
+
+    int sharer, first, step;
+
+    __device__ __forceinline__ explicit Share(const Team& team)
+        : sharer(team.thread() % kSharers), first(team.thread() / kSharers), step(team.threads() / kSharers) {}
+
+    __device__ __forceinline__ SharedAddress pair(SharedAddress stage, int row) const {
+        return stage + Layout::offset(row, 2 * sharer);
+    }
+};
+
+// Where a stage keeps the scale of a row of K; that of the row of V is kScaleBytes further.
+template <class Tile>
+__device__ __forceinline__ SharedAddress scale_of_row(SharedAddress stage, int row) {
+    return stage + 2 * Tile::kKeyBytes + row * static_cast<int>(sizeof(float));
+}
 
 // Fetches a tile of keys and values and their scales, 1 for rows of the current scale; rows that no slot names become
 // zero. Pages have whole multiples of the rows that a warp fetches at a time, so it takes one branch.
 template <class Tile>
 __device__ __forceinline__ void load_int8_keys(const Keys<Tile>& keys, int tile, SharedAddress stage, const Team& team) {
-    using Layout = Swizzled<Tile::kHeadDim>;
-    constexpr int kStep = 2 * kSharers<Tile> * kChunkBytes;
-    const int sharer = team.thread() % kSharers<Tile>, rows = team.threads() / kSharers<Tile>;
+    using Own = Share<Tile>;
+    const Own own(team);
 #pragma unroll 1
-    for (int row = team.thread() / kSharers<Tile>; row < Tile::kKeys; row += rows) {
+    for (int row = own.first; row < Tile::kKeys; row += own.step) {
         const int key = tile * Tile::kKeys + row;
         const auto from = keys.row(key);
-        const SharedAddress to = stage + Layout::offset(team.thread() / kSharers<Tile>, 2 * sharer) + (row - team.thread() / kSharers<Tile>) * Layout::kRowBytes;
-        const SharedAddress scales = stage + 2 * Tile::kKeyBytes + row * 4;
+        const SharedAddress to = own.pair(stage, row), other = to ^ kOtherOfPair, scale = scale_of_row<Tile>(stage, row);
         if (key < keys.history) {
 #pragma unroll
-            for (int i = 0; i < Layout::kRowBytes; i += kStep) {
+            for (int i = 0; i < Own::Layout::kRowBytes; i += Own::kStep) {
                 cp_async_16(to + i, from.k + i / 2, from.named);
                 cp_async_16(to + i + Tile::kKeyBytes, from.v + i / 2, from.named);
             }
-            if (sharer != 0) continue;
-            cp_async_4(scales, from.scale, from.named);
-            cp_async_4(scales + Tile::kScaleBytes, from.scale + (1 << keys.page_shift), from.named);
+            if (own.sharer != 0) continue;
+            cp_async_4(scale, from.scale, from.named);
+            cp_async_4(scale + Tile::kScaleBytes, from.scale + (1 << keys.page_shift), from.named);
         } else {
 #pragma unroll
-            for (int i = 0; i < Layout::kRowBytes; i += kStep) {
+            for (int i = 0; i < Own::Layout::kRowBytes; i += Own::kStep) {
                 cp_async_16(to + i, from.k + i, from.named);
-                cp_async_16((to ^ kOtherOfPair) + i, from.k + i + kChunkBytes, from.named);
+                cp_async_16(other + i, from.k + i + kChunkBytes, from.named);
                 cp_async_16(to + i + Tile::kKeyBytes, from.v + i, from.named);
-                cp_async_16((to ^ kOtherOfPair) + i + Tile::kKeyBytes, from.v + i + kChunkBytes, from.named);
+                cp_async_16(other + i + Tile::kKeyBytes, from.v + i + kChunkBytes, from.named);
             }
-            store_shared_4(scales, bits_of(1));
-            store_shared_4(scales + Tile::kScaleBytes, bits_of(1));
+            store_shared_4(scale, bits_of(1));
+            store_shared_4(scale + Tile::kScaleBytes, bits_of(1));
         }
     }
 }
@@ -83,21 +101,20 @@ __device__ __forceinline__ Widening<Half> take_power(SharedAddress at) {
 // What this thread has fetched of the history becomes 16-bit elements. Its warp's copies must be there, no one else's.
 template <class Tile>
 __device__ __forceinline__ void widen_keys(const Keys<Tile>& keys, int tile, SharedAddress stage, const Team& team) {
-    using Layout = Swizzled<Tile::kHeadDim>;
     using T = typename Tile::Element;
-    constexpr int kStep = 2 * kSharers<Tile> * kChunkBytes;
-    const int sharer = team.thread() % kSharers<Tile>, rows = team.threads() / kSharers<Tile>;
+    using Own = Share<Tile>;
+    const Own own(team);
     const int left = keys.history - tile * Tile::kKeys, end = left < Tile::kKeys ? left : Tile::kKeys;
 #pragma unroll 1
-    for (int row = team.thread() / kSharers<Tile>; row < end; row += rows) {
-        const SharedAddress at = stage + Layout::offset(team.thread() / kSharers<Tile>, 2 * sharer) + (row - team.thread() / kSharers<Tile>) * Layout::kRowBytes;
+    for (int row = own.first; row < end; row += own.step) {
+        const SharedAddress at = own.pair(stage, row);
         const Widening<T> of_key{};
         Widening<T> of_value{};
         if constexpr (std::is_same_v<T, Half>) {
-            of_value = take_power(stage + 2 * Tile::kKeyBytes + Tile::kScaleBytes + row * 4);
+            of_value = take_power(scale_of_row<Tile>(stage, row) + Tile::kScaleBytes);
         }
 #pragma unroll
-        for (int i = 0; i < Layout::kRowBytes; i += kStep) {
+        for (int i = 0; i < Own::Layout::kRowBytes; i += Own::kStep) {
             widen_chunk(at + i, of_key);
             widen_chunk(at + i + Tile::kKeyBytes, of_value);
         }

@@ -90,7 +90,7 @@ struct Registers {
     }
 
     // Scores of keys that are not there become −∞.
-    __device__ __forceinline__ void mask(uint64_t named, int lane) {
+    __device__ __forceinline__ void mask(typename Tile::KeyMask named, int lane) {
         named >>= 2 * (lane % 4);
 #pragma unroll
         for (int i = 0; i < Tile::kRowBlocks * kKeyBlocks * 4; ++i) {

@@ -33,9 +33,16 @@ struct Team {
     __device__ __forceinline__ void barrier() const { named_barrier(index + 1, threads()); }
 };
 
-// What a team computes: query rows from `first_row` on, over key tiles [first_key_tile, first_key_tile + key_tiles).
+// What a team computes: query rows from `first_row` on, over key tiles [first_key_tile, end_key_tile).
 struct Work {
-    int batch, kv_head, row_tile, split, first_row, first_key_tile, key_tiles;
+    int batch, kv_head, row_tile, first_row, first_key_tile, end_key_tile;
+
+    // Which part of split keys, told from what is known anyway: wide tiles have no register to keep it in.
+    __device__ __forceinline__ int split(const AttnArgs& args) const { return (end_key_tile - 1) / key_share(args); }
+
+    __device__ __forceinline__ static int key_share(const AttnArgs& args) {
+        return (args.key_tiles + args.plan.splits - 1) / args.plan.splits;
+    }
 };
 
 template <class Tile>
@@ -43,15 +50,15 @@ __device__ __forceinline__ Work work_of(const AttnArgs& args, const Team& team, 
     Work work;
     work.row_tile = item % args.row_tiles;  // fastest: neighbours read the same keys
     item /= args.row_tiles;
-    work.split = item % args.plan.splits;
+    const int split = item % args.plan.splits;
     item /= args.plan.splits;
     work.kv_head = item % args.params.kv_heads;
     work.batch = item / args.params.kv_heads;
     work.first_row = work.row_tile * team.warps * Tile::kRowsPerWarp;
-    const int share = (args.key_tiles + args.plan.splits - 1) / args.plan.splits;
-    work.first_key_tile = work.split * share;
+    const int share = Work::key_share(args);
+    work.first_key_tile = split * share;
     const int left = args.key_tiles - work.first_key_tile;
-    work.key_tiles = left < share ? left : share;
+    work.end_key_tile = work.first_key_tile + (left < share ? left : share);
     return work;
 }
 
@@ -63,8 +70,8 @@ struct Keys {
 
     Bytes pages, k, v;
     const float* scales;  // of int8 pages
-    int64_t arena;        // its first row, of all rows of the pool
     const int32_t* slots;
+    int arena;  // its first page
     int k_step, v_step, page_shift, history, tokens;
 
     struct Row {
@@ -81,8 +88,7 @@ struct Keys {
           page_shift(args.page_shift),
           history(args.params.read.count << args.page_shift),
           tokens(args.params.tokens) {
-        const int64_t page = args.params.pool.arena[work.batch * args.params.kv_heads + work.kv_head];
-        arena = page * 2 << page_shift;
+        arena = args.params.pool.arena[work.batch * args.params.kv_heads + work.kv_head];
         pages = static_cast<Bytes>(args.params.pool.pages) + page_chunk * kChunkBytes;
         scales = args.params.pool.scales;
         k = reinterpret_cast<Bytes>(row_of(args.params.k, work.batch, work.kv_head)) + chunk * kChunkBytes;
@@ -102,7 +108,7 @@ struct Keys {
             return {k + int64_t{token} * k_step, v + int64_t{token} * v_step, nullptr, token < tokens};
         }
         const int slot = slots[key >> page_shift], row = row_in_page(key), page = slot >> kRowsBits;
-        const int64_t of_pool = arena + (int64_t{page} * 2 << page_shift) + row;
+        const int64_t of_pool = (int64_t{arena + page} * 2 << page_shift) + row;
         const Bytes at = pages + of_pool * Tile::kPageRowBytes;
         return {at, at + (Tile::kPageRowBytes << page_shift), scales + of_pool, row < (slot & kRowsMask)};
     }
@@ -155,16 +161,17 @@ __device__ __forceinline__ void load_keys(const Keys<Tile>& keys, int tile, Shar
 
 // Bit i: whether key i of the tile is there. The same in all lanes.
 template <class Tile>
-__device__ __forceinline__ uint64_t named_keys(const Keys<Tile>& keys, int tile, int lane) {
+__device__ __forceinline__ typename Tile::KeyMask named_keys(const Keys<Tile>& keys, int tile, int lane) {
+    using Mask = typename Tile::KeyMask;
     const int first = tile * Tile::kKeys;
     if (first >= keys.history) {
         const int left = keys.history + keys.tokens - first;
-        return left >= Tile::kKeys ? Tile::kAllKeys : (uint64_t{1} << left) - 1;
+        return left >= Tile::kKeys ? Tile::kAllKeys : (Mask{1} << left) - 1;
     }
-    uint64_t mask = 0;
+    Mask mask = 0;
 #pragma unroll
     for (int part = 0; part < Tile::kKeys; part += kWarpLanes) {
-        mask |= static_cast<uint64_t>(ballot(keys.named(first + part + lane))) << part;
+        mask |= static_cast<Mask>(ballot(keys.named(first + part + lane))) << part;
     }
     return mask;
 }

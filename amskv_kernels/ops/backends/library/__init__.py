@@ -77,9 +77,10 @@ def instruction_sets() -> list[str]:
 def planned(op: torch._ops.OpOverload, call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
     """An op of the library with what a plan knows filled in."""
     pages, arena, read_slots, write_slots = call[:4]
+    scales = () if call.page_scales is None else (call.page_scales,)
 
     def ready(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        out: Tensor = op(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)[0]
+        out: Tensor = op(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, *scales)[0]
         return out
 
     return ready

@@ -1,7 +1,7 @@
 """The CUDA library with its Hopper kernel: TMA and wgmma where the tile table wants them, else the portable kernel.
 
-The table (csrc/common/tiles.h) takes head sizes 64 and 128 and scales of more than 64 tokens. Whole pages are fetched,
-so the other rows of a page named in part must be finite; `attn`, `append` and `compact` leave zeros there.
+The table (csrc/common/tiles.h) takes head sizes 64 and 128, scales of more than 64 tokens and 16-bit pages. Whole pages
+are fetched, so the other rows of a page named in part must be finite; `attn`, `append` and `compact` leave zeros there.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def unavailable(device: torch.device, forced: bool) -> str | None:
 
 def attn(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
-    read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
+    read_slots: Tensor, write_slots: Tensor, softmax_scale: float, page_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `amskv_kernels.ops.attn`; fp16 and bf16."""
-    return torch.ops.amskv.attn_hopper(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
+    return torch.ops.amskv.attn_hopper(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales)
 
 
 def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:

@@ -1,4 +1,4 @@
-"""The CUDA library's portable kernels, for every NVIDIA GPU from sm_80 on; fp16 and bf16."""
+"""The CUDA library's portable kernels, for every NVIDIA GPU from sm_80 on; fp16 and bf16, pages of int8 too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from amskv_kernels.ops.checks import PlannedAttn
 
 # Compute capabilities on which the library's kernels are the default: those with a test report from a GPU.
 TESTED_CAPABILITIES: frozenset[tuple[int, int]] = frozenset()
-DTYPES = PAGE_DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float16, torch.bfloat16)
+PAGE_DTYPES = (*DTYPES, torch.int8)
 CHECKS_ITSELF = True
 
 
@@ -32,10 +33,10 @@ def unavailable(device: torch.device, forced: bool) -> str | None:
 
 def attn(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
-    read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
+    read_slots: Tensor, write_slots: Tensor, softmax_scale: float, page_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `amskv_kernels.ops.attn`; fp16 and bf16."""
-    return torch.ops.amskv.attn_cuda(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
+    return torch.ops.amskv.attn_cuda(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales)
 
 
 def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
@@ -43,6 +44,8 @@ def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float]
     return planned(torch.ops.amskv.attn_cuda.default, call)
 
 
-def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:
+def append(
+    k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor, page_scales: Tensor | None = None
+) -> None:  # fmt: skip
     """See `amskv_kernels.ops.append`; fp16 and bf16."""
-    torch.ops.amskv.append_cuda(k, v, pages, arena, write_slots)
+    torch.ops.amskv.append_cuda(k, v, pages, arena, write_slots, page_scales)
