@@ -12,7 +12,9 @@ ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+a?)'")
 FRAME = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 SERIALISED = re.compile(r"wgmma.mma_async instructions are serialized .* function '(\w+)'")
-NAME = re.compile(r"(hopper::)?(\w+)_kernel(?:<amskv::\w*Tile<(?:amskv::)?(\w+), (\d+)(?:, (\d+))?>\s*>)?")
+NAME = re.compile(
+    r"(hopper::)?(\w+)_kernel(?:<amskv::\w*Tile<(?:amskv::)?(\w+), (\d+)(?:, (\d+), (\w+))?>\s*>)?"
+)
 
 
 def kernels(log: str) -> list[dict[str, object]]:
@@ -39,10 +41,11 @@ def readable(symbol: str) -> str:
     match = NAME.search(full)
     if match is None:
         return full
-    hopper, name, dtype, head_dim, rows = match.groups()
+    hopper, name, dtype, head_dim, rows, int8_pages = match.groups()
     if dtype is None:
         return name
-    return f"{name}<{dtype}, head_dim {head_dim}, {'Hopper' if hopper else f'{rows} rows per warp'}>"
+    pages = ", int8 pages" if int8_pages == "true" else ""
+    return f"{name}<{dtype}, head_dim {head_dim}, {'Hopper' if hopper else f'{rows} rows per warp{pages}'}>"
 
 
 def _dotted(architecture: str) -> str:

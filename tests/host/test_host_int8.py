@@ -185,23 +185,27 @@ def test_values_of_every_size_keep_their_accuracy(size, dtype):
     assert ((inputs.out.double() - out).abs() <= 2 * info.eps * max(size, info.smallest_normal)).all()
 
 
-FAULTS = {
-    "a value's scale for a key's": ("portable/attn.cuh", "registers.multiply(scales, team", "registers.multiply(scales + Tile::kScaleBytes, team"),
-    "a key's scale for a value's": ("portable/attn.cuh", "multiply(scales + Tile::kScaleBytes, team", "multiply(scales, team"),
-    "rows widened before they are there": ("portable/attn.cuh", "cp_async_wait<Tile::kStages - 2>();", "cp_async_wait<Tile::kStages - 1>();"),
-    "rows not widened": ("portable/int8_keys.cuh", "row < end; row", "row < end - 16; row"),
-    "the scale of the row before": ("portable/work.cuh", "scales + of_pool,", "scales + (of_pool ^ 1),"),
-    "no scale for the current rows": ("portable/int8_keys.cuh", "store_shared_4(scale, bits_of(1));", ""),
-    "a sign lost": ("common/int8.cuh", "| kSign)", ")"),
-    "truncated, not rounded": ("common/int8.cuh", "+ kWhole)", "- 0.5f + kWhole)"),
-    "a scale of the wrong page": ("common/store.cuh", "unit.scales[at] =", "unit.scales[at ^ 1] ="),
-}  # fmt: skip
+KERNEL, KEYS, ROUNDING = "portable/attn.cuh", "portable/int8_keys.cuh", "common/int8.cuh"
+WRONG = "out: more than twice the error"
+FAULTS = [
+    pytest.param(
+        KERNEL, "registers.multiply(scales, team", "registers.multiply(scales + Tile::kScaleBytes, team", WRONG,
+        id="a value's scale for a key's",
+    ),
+    pytest.param(
+        KERNEL, "cp_async_wait<Tile::kStages - 2>();", "cp_async_wait<Tile::kStages - 1>();",
+        r"reads bytes of the copy issued at portable/int8_keys\.cuh", id="rows widened before they are there",
+    ),
+    pytest.param(KEYS, "store_shared_4(scale, bits_of(1));", "", WRONG, id="no scale for the current rows"),
+    pytest.param(ROUNDING, "scale *= float_of((254 << 23) - power);", "", WRONG, id="a power of two taken twice"),
+    pytest.param(ROUNDING, "+ kWhole)", "- 0.5f + kWhole)", "pages differ from the reference's", id="truncated"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_planted_fault_is_caught(fault, tmp_path):
-    case = Case(n=40, batch=1, history=(16,) * 9 + (3,), int8=True)
+@pytest.mark.parametrize("file, text, replacement, message", FAULTS)
+def test_planted_fault_is_caught(tmp_path, file, text, replacement, message):
+    case = Case(n=40, batch=1, history=(16,) * 8 + (3,), dtype=torch.float16, int8=True)  # a tile of pages and new rows
     cases.check(hostlib.load(), case)
-    faulty = hostlib.load_with_fault(*FAULTS[fault], tmp_path)
-    with pytest.raises((RuntimeError, AssertionError)):
+    faulty = hostlib.load_with_fault(file, text, replacement, tmp_path)
+    with pytest.raises((RuntimeError, AssertionError), match=message):
         cases.check(faulty, case)

@@ -38,11 +38,16 @@ def arguments(dtype=torch.bfloat16, D=64, batch=1, n=4, heads=2, kv_heads=2, pag
     table = lambda *shape: torch.zeros(shape, dtype=torch.int32)
     q, k = torch.zeros(batch, n, heads, D, dtype=dtype), torch.zeros(batch, n, kv_heads, D, dtype=dtype)
     pages = torch.zeros(4, 2, page_size, D, dtype=dtype)
-    return [q, k, k.clone(), pages, table(batch, kv_heads), table(1, 1, 0), table(1, 1, 2), 1.0]
+    return [q, k, k.clone(), pages, table(batch, kv_heads), table(1, 1, 0), table(1, 1, 2), 1.0, None]
 
 def changed(index, value):
     args = arguments()
     args[index] = value(args[index]) if callable(value) else value
+    return args
+
+def eight_bit(change=lambda scales: scales):
+    args = arguments()
+    args[3], args[8] = args[3].to(torch.int8), change(torch.zeros(args[3].shape[:3]))
     return args
 
 wrong = {
@@ -55,11 +60,13 @@ wrong = {
     "read_slots": [changed(5, lambda x: x[0]), changed(5, lambda x: x.expand(1, 3, 0))],
     "write_slots": [changed(6, lambda x: x.long()), changed(6, lambda x: x.repeat(1, 1, 2)[..., ::2])],
     "softmax_scale": [changed(7, 0.0), changed(7, float("nan"))],
+    "page_scales": [eight_bit(lambda s: None), eight_bit(lambda s: s.half()), eight_bit(lambda s: s[:3]),
+                    eight_bit(lambda s: s.transpose(0, 2).contiguous().transpose(0, 2)), changed(8, torch.zeros(4, 2, 16))],
 }
 for name, calls in wrong.items():
     for args in calls:
         try:
-            checks.check_attn(*args, None)
+            checks.check_attn(*args)
         except (TypeError, ValueError) as error:
             expected = str(error).split(" ")[0]
         else:
@@ -81,8 +88,10 @@ for args, what in ((arguments(D=80), "head_dim 80"), (arguments(torch.float32), 
 
 import json
 info = json.loads(torch.ops.amskv.build_info())
-shapes = [(t["head_dim"], t["rows_per_warp"]) for t in info["tiles"]]
+shapes = [(t["head_dim"], t["rows_per_warp"]) for t in info["tiles"] if not t["int8_pages"]]
 assert shapes == [(64, 16), (64, 32), (96, 16), (128, 16), (128, 32)], shapes
+shapes = [(t["head_dim"], t["rows_per_warp"]) for t in info["tiles"] if t["int8_pages"]]
+assert shapes == [(64, 32), (96, 16), (128, 32)], shapes
 assert all(2 * (t["shared"] + 1024) <= 164 * 1024 for t in info["tiles"]), "two blocks must fit an sm_80"
 assert all(t["shared"] <= 227 * 1024 for t in info["hopper_tiles"]), "a block must fit an sm_90"
 
@@ -100,12 +109,12 @@ torch.ops.load_library(LIBRARY)
 def same(case, change=lambda inputs: None, op=torch.ops.amskv.attn_cuda):
     library, python = cases.make(case), cases.make(case)
     change(library), change(python)
-    out, lse = op(*library.tables, library.scale)
-    expected_out, expected_lse = torch.ops.amskv.attn(*python.tables, python.scale)
+    out, lse = op(*library.call)
+    expected_out, expected_lse = torch.ops.amskv.attn(*python.call)
     assert out.is_contiguous() and lse.dtype == torch.float32
     torch.testing.assert_close(out, expected_out, atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(lse, expected_lse, atol=2e-2, rtol=0)
-    assert torch.equal(library.pages.view(torch.int16), python.pages.view(torch.int16))
+    assert cases.same(library.pages, python.pages) and cases.same(library.page_scales, python.page_scales)
 
 def misalign(inputs):  # rows that begin at odd elements
     for name in "qkv":
@@ -126,11 +135,16 @@ for n, head_dim in ((20, 64), (70, 64), (169, 128), (70, 96)):  # the portable k
     same(Case(n=n, head_dim=head_dim, hopper=(64, 1)), op=torch.ops.amskv.attn_hopper)
 same(Case(n=70, hopper=(64, 1)), misalign, torch.ops.amskv.attn_hopper)
 same(Case(n=70, hopper=(64, 1)), repeat_heads, torch.ops.amskv.attn_hopper)
+for dtype in (torch.float16, torch.bfloat16):
+    same(Case(n=40, heads=6, kv_heads=2, dtype=dtype, per_head=True, grow=3, int8=True))
+same(Case(n=1, batch=1, heads=1, kv_heads=1, history=(16,) * 60, int8=True), misalign)
+same(Case(n=169, head_dim=128, int8=True), op=torch.ops.amskv.attn_hopper)  # the portable kernel
 
-library, python = cases.make(Case(n=30)), cases.make(Case(n=30))
-for inputs, append in ((library, torch.ops.amskv.append_cuda), (python, torch.ops.amskv.append)):
-    append(inputs.k, inputs.v, inputs.pages, inputs.arena, inputs.write)
-assert torch.equal(library.pages.view(torch.int16), python.pages.view(torch.int16))
+for case in (Case(n=30), Case(n=30, int8=True), Case(n=30, dtype=torch.float16, int8=True)):
+    library, python = cases.make(case), cases.make(case)
+    for inputs, append in ((library, torch.ops.amskv.append_cuda), (python, torch.ops.amskv.append)):
+        append(inputs.k, inputs.v, inputs.pages, inputs.arena, inputs.write, inputs.page_scales)
+    assert cases.same(library.pages, python.pages) and cases.same(library.page_scales, python.page_scales)
 print("fine")
 """
 
@@ -253,9 +267,31 @@ def test_cpp_example_compiles():
 built = pytest.mark.skipif(library.why_no_cuda() is not None, reason=str(library.why_no_cuda()))
 
 
+@pytest.mark.parametrize("name", ["cuda", "hopper"])
+def test_choose_names_the_library_for_int8_pages(monkeypatch, name):
+    monkeypatch.setattr(ops.dispatch.BACKENDS[name], "unavailable", lambda device, forced: None)
+    with amskv_kernels.backend(name):
+        for dtype in (torch.float16, torch.bfloat16):
+            assert ops.choose("attn", "cuda", dtype, torch.int8) == (name, "forced")
+            assert ops.choose("append", "cuda", dtype, torch.int8) == (name, "forced")
+        with pytest.raises(TypeError, match=f"float32; backend '{name}' takes float16 and bfloat16$"):
+            ops.choose("attn", "cuda", torch.float32, torch.int8)
+
+
+def test_kernels_are_named_by_what_their_pages_hold():
+    sys.path.insert(0, str(ROOT / "csrc" / "cmake"))
+    from build_info import readable
+
+    tile = "_ZN5amskv11attn_kernelINS_4TileINS_8BFloat16ELi64ELi32ELb{}EEEEEvNS_8AttnArgsE"
+    assert readable(tile.format(0)) == "attn<BFloat16, head_dim 64, 32 rows per warp>"
+    assert readable(tile.format(1)) == "attn<BFloat16, head_dim 64, 32 rows per warp, int8 pages>"
+
+
 @built
 def test_build_has_no_spills_and_few_kernels():
     kernels = library.build_info()["kernels"]
     assert [k for k in kernels if k["spill"] or k["serialised"]] == []
     for architecture in {k["architecture"] for k in kernels}:
-        assert 0 < sum(k["architecture"] == architecture for k in kernels) <= 16
+        names = [k["name"] for k in kernels if k["architecture"] == architecture]
+        assert 0 < sum("int8" not in name for name in names) <= 16
+        assert sum("int8" in name for name in names) == 6  # one tile for a head size and element type

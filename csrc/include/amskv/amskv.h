@@ -39,7 +39,7 @@ struct Pool {
     const int32_t* arena;
     int32_t page_size;  // 16, 32, 64 or 128
     int32_t num_pages;  // of the pool; the Hopper kernel describes it to the copy engine, and never reads past it
-    float* scales;      // of int8 pages, which the portable kernels take; null: pages hold the elements of k and v
+    float* scales = nullptr;  // of int8 pages, which the portable kernels take; null: pages hold the elements of k and v
 };
 
 // Slot entries; a stride of 0 broadcasts.
