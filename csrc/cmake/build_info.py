@@ -12,9 +12,7 @@ ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+a?)'")
 FRAME = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 SERIALISED = re.compile(r"wgmma.mma_async instructions are serialized .* function '(\w+)'")
-NAME = re.compile(
-    r"(hopper::)?(\w+)_kernel(?:<amskv::\w*Tile<(?:amskv::)?(\w+), (\d+)(?:, (\d+), (\w+))?>\s*>)?"
-)
+NAME = re.compile(r"(hopper::)?(\w+)_kernel(?:<amskv::\w*Tile<(?:amskv::)?(\w+), (\d+)(?:, (\d+), (\w+))?>\s*>)?")
 
 
 def kernels(log: str) -> list[dict[str, object]]:

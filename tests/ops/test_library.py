@@ -61,7 +61,8 @@ wrong = {
     "write_slots": [changed(6, lambda x: x.long()), changed(6, lambda x: x.repeat(1, 1, 2)[..., ::2])],
     "softmax_scale": [changed(7, 0.0), changed(7, float("nan"))],
     "page_scales": [eight_bit(lambda s: None), eight_bit(lambda s: s.half()), eight_bit(lambda s: s[:3]),
-                    eight_bit(lambda s: s.transpose(0, 2).contiguous().transpose(0, 2)), changed(8, torch.zeros(4, 2, 16))],
+                    eight_bit(lambda s: s.transpose(0, 2).contiguous().transpose(0, 2)),
+                    changed(8, torch.zeros(4, 2, 16))],
 }
 for name, calls in wrong.items():
     for args in calls:
