@@ -9,7 +9,6 @@ import cases
 import hostlib
 import numpy as np
 import pytest
-import torch
 from cases import Case
 
 from amskv_kernels.ops import reference

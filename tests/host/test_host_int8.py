@@ -1,4 +1,4 @@
-"""The CUDA kernels on int8 pages, executed on the CPU: attention to what the bytes stand for, and stores to the byte."""
+"""The CUDA kernels on int8 pages, executed on the CPU: attention to what bytes stand for, and stores to the byte."""
 
 from __future__ import annotations
 
