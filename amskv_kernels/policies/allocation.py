@@ -11,18 +11,21 @@ the exact room that the others leave it is given its best course, until none gai
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
 
 ROUNDS = 200  # of pricing at most; 10 … 50 are usual
-CLOSE = 1e-3  # distance of bound and linear program, relative, at which pricing ends
-AROUND = (0.7, 0.85, 1.15, 1.4)  # times the right prices: what rows would do with a little more or less room
+CLOSE = 8e-3  # distance of bound and linear program, relative, at which pricing ends
+AROUND = (0.95, 1.05, 1.2, 1.5)  # times the right prices: what rows would do with a little more or less room
 PART = 160  # rows whose prices serve as a start where there are more
+GROUPS = 32  # of rows, each with a mix of its own
+BLOCK = 128  # rows at a time, whose states stay in a core's cache
+SINGLE = 4e-6  # relative, what sums over a course are off by in float32
 NODES = 2000  # of the integer program's search at most; the same everywhere, as a time limit is not
 MOVES = 100  # of single rows at most, after rounding
 ROUNDING = 1e-6  # of a token, or of a loss relative to all
@@ -115,36 +118,48 @@ def _first_prices(problem: Problem, nothing: Ints, everything: Ints) -> Floats:
     every = -(-problem.rows // PART)
     if every == 1 or problem.peak:
         return np.zeros_like(_in_flight(problem))
-    tables = [table[:, ::every] for table in problem.tables]
+    order = np.argsort(sum(table[0].astype(np.float64) for table in problem.tables))[every // 2 :: every]
+    tables = [table[:, order] for table in problem.tables]
     part = problem._replace(tables=tables, cap=problem.cap * tables[0].shape[1] / problem.rows)
-    return _priced(part, [nothing[::every], everything[::every]], np.zeros_like(_in_flight(problem)))[-1]
+    return _priced(part, [nothing[order], everything[order]], np.zeros_like(_in_flight(problem)))[-1]
 
 
 def _priced(
     problem: Problem, courses: list[Ints], prices: Floats
 ) -> tuple[list[Ints], list[Ints], float, Floats]:  # fmt: skip
-    """All courses (rows, K) found, those that the linear program mixes in the end, the bound, and the prices."""
-    courses = [
-        *courses,
-        *(_cheapest(problem, _spread(problem, factor * prices))[0] for factor in AROUND if prices.any()),
-    ]
-    losses = [float(_losses(problem, course).sum()) for course in courses]
-    room = problem.cap - _in_flight(problem)
-    uses = [_uses(problem, course).sum(0) for course in courses]
-    bound, mix, new = 0.0, np.ones(0), prices
+    """All courses (rows, K) found, those that the linear program mixes in the end, the bound, and the prices.
+
+    The program mixes them group of rows by group: fewer have to be found than if all rows mixed alike.
+    """
+    groups = np.unique(np.arange(GROUPS) * problem.rows // GROUPS)  # where each begins
+    known = bool(prices.any())
+    courses = [*courses, *(_around(problem, prices) if known else ())]
+    room, bound, best, new = problem.cap - _in_flight(problem), 0.0, prices, prices
+    losses = [np.add.reduceat(_losses(problem, course), groups) for course in courses]
+    uses = [np.add.reduceat(_uses(problem, course), groups) for course in courses]
+    mix: Floats = np.ones(0)
     for turn in range(ROUNDS):
-        mix, value, new = _program(np.array(losses), np.array(uses).T, room, np.zeros(len(losses), dtype=np.int64))
+        whose = np.tile(np.arange(len(groups)), len(courses))
+        mix, value, new = _program(np.concatenate(losses), np.concatenate(uses).T, room, whose)
         if value - bound <= CLOSE * value:
             break
-        # Half-way from the last ones every other turn: the prices of a few courses jump about.
-        prices = new if turn % 2 else (new + prices) / 2
-        course = _cheapest(problem, _spread(problem, prices))[0]
-        loss, use = float(_losses(problem, course).sum()), _uses(problem, course).sum(0)
-        bound = max(bound, loss + float(prices @ (use - room)))
-        courses, losses, uses = [*courses, course], [*losses, loss], [*uses, use]
-    mixed = [course for course, weight in zip(courses, mix, strict=False) if weight > ROUNDING]
-    around = [_cheapest(problem, _spread(problem, factor * new))[0] for factor in AROUND]
-    return [*courses, *around], mixed, bound, new
+        # Half-way from those of the best bound every other turn: the prices of a few courses jump about.
+        tried = (best if turn == 0 else new) if (turn % 2 or turn == 0 and known) else (new + best) / 2
+        course = _cheapest(problem, _spread(problem, tried))[0]
+        loss, use = _losses(problem, course), _uses(problem, course)
+        below = (1 - SINGLE) * float(loss.sum() + use.sum(0) @ tried) - float(tried @ room)
+        if below > bound or turn == 0:
+            bound, best = max(bound, below), tried
+        losses, uses = [*losses, np.add.reduceat(loss, groups)], [*uses, np.add.reduceat(use, groups)]
+        courses = [*courses, course]
+    weights = mix.reshape(-1, len(groups)).max(1)
+    mixed = [course for course, weight in zip(courses, weights, strict=False) if weight > ROUNDING]
+    return [*courses, *(() if known else _around(problem, new))], mixed, bound, new
+
+
+def _around(problem: Problem, prices: Floats) -> list[Ints]:
+    """What rows do at prices that are somewhat off."""
+    return [_cheapest(problem, _spread(problem, factor * prices))[0] for factor in AROUND]
 
 
 def _program(
@@ -156,7 +171,7 @@ def _program(
         losses: (N,) of each option.
         uses: (calls, N).
         most: (calls,).
-        rows: (N,) whose option it is, ascending.
+        rows: (N,) whose option it is.
         whole: each row takes one option; else options may be mixed.
 
     Returns:
@@ -236,36 +251,48 @@ def _improved(problem: Problem, chosen: Ints, bound: float) -> Ints:
 
 def _cheapest(problem: Problem, prices: _Prices | None, room: _Prices | None = None) -> tuple[Ints, Floats]:
     """Each row's best course (rows, K), under prices or within room for it alone, and its value."""
-    steps = len(problem.tokens)
-    values: list[Floats] = [problem.tables[0]]  # per step (2^m, rows), of the best course up to each set
+    blocks = [slice(first, first + BLOCK) for first in range(0, problem.rows, BLOCK)]
+    found = [_cheapest_of(problem, block, prices, room) for block in blocks]
+    return np.concatenate([courses for courses, _ in found]), np.concatenate([values for _, values in found])
+
+
+def _cheapest_of(problem: Problem, rows: slice, prices: _Prices | None, room: _Prices | None) -> tuple[Ints, Floats]:
+    """`_cheapest` of some rows: forward the least loss up to each state, backward the states that it came from."""
+    steps, value = len(problem.tokens), problem.tables[0][:, rows]
+    dropped: list[Floats] = []  # per step, the least up to it where each set is kept and the scale just drawn is not,
+    kept: list[Floats] = []  # and where it is: the same, but where the peak is capped
     for step in range(1, steps):
-        sizes, before = problem.sizes(step)[:, None], values[-1]
-        kept = _of_supersets(_fitting(problem, before, step, room))
-        value = kept if step <= problem.protected else np.concatenate([_of_supersets(before), kept])
-        value = value + problem.tables[step]
+        sizes = problem.sizes(step)[:, None]
+        dropped.append(_of_supersets(value))
+        fitting = _fitting(problem, value, step, rows, room)
+        kept.append(dropped[-1] if fitting is value else _of_supersets(fitting))
+        value = problem.tables[step][:, rows].copy()
+        value[-len(kept[-1]) :] += kept[-1]
+        if step > problem.protected:
+            value[: len(dropped[-1])] += dropped[-1]
         if prices is not None:
-            value += sizes * prices.held[:, step]
+            value += sizes.astype(value.dtype) * prices.held[rows, step].astype(value.dtype)
             if problem.peak:
-                value[-len(kept) :] += problem.tokens[step - 1] * prices.fresh[:, step]
+                value[-len(kept[-1]) :] += problem.tokens[step - 1] * prices.fresh[rows, step].astype(value.dtype)
         if room is not None:
-            value[sizes > room.held[:, step]] = np.inf
-        values.append(value)
-    courses = np.zeros((problem.rows, steps), dtype=np.int64)
-    courses[:, -1] = values[-1].argmin(0)
+            value[sizes > room.held[rows, step]] = np.inf
+    courses = np.zeros((value.shape[1], steps), dtype=np.int64)
+    courses[:, -1] = value.argmin(0)
     for step in range(steps - 1, 0, -1):
-        before, now = values[step - 1], courses[:, step]
-        if room is not None and problem.peak:
-            fresh = np.full(problem.rows, True) if step <= problem.protected else now >= len(before)
-            before = np.where(fresh, _fitting(problem, before, step, room), before)
-        courses[:, step - 1] = _best_superset(before, now % len(before))
-    return courses, values[-1].min(0)
+        now, with_it, without = courses[:, step], kept[step - 1], dropped[step - 1]
+        fresh = (now >= len(without)) | (step <= problem.protected)
+        best = _best_superset(without, now % len(without))
+        courses[:, step - 1] = (
+            best if with_it is without else np.where(fresh, _best_superset(with_it, now % len(without)), best)
+        )
+    return courses, value.min(0).astype(np.float64)
 
 
-def _fitting(problem: Problem, values: Floats, step: int, room: _Prices | None) -> Floats:
+def _fitting(problem: Problem, value: Floats, step: int, rows: slice, room: _Prices | None) -> Floats:
     """The states before `step` that leave room to write the scale just drawn."""
     if room is None or not problem.peak:
-        return values
-    return np.where(problem.sizes(step - 1)[:, None] > room.fresh[:, step], np.inf, values)
+        return value
+    return np.where(problem.sizes(step - 1)[:, None] > room.fresh[rows, step], np.inf, value)
 
 
 def _of_supersets(values: Floats) -> Floats:
@@ -279,17 +306,21 @@ def _of_supersets(values: Floats) -> Floats:
     return least
 
 
-def _best_superset(values: Floats, sets: Ints) -> Ints:
-    """(rows,) the superset of each row's set with the least value."""
-    missing = (np.arange(len(values), dtype=np.int32)[:, None] & sets.astype(np.int32)) != sets
-    best: Ints = np.where(missing, np.inf, values).argmin(0)
-    return best
+def _best_superset(least: Floats, sets: Ints) -> Ints:
+    """(rows,) the superset of each row's set whose own value is the least that `_of_supersets` found for the set."""
+    row, wanted, bit = np.arange(len(sets)), least[sets, np.arange(len(sets))], 1
+    while bit < len(least):
+        # Where a larger set's supersets reach it too, on from there: in the end none does but the set itself.
+        sets = np.where(least[sets | bit, row] <= wanted, sets | bit, sets)
+        bit *= 2
+    return sets
 
 
 def _losses(problem: Problem, courses: Ints, rows: Ints | None = None) -> Floats:
     """(N,) losses of courses (N, K), of all rows or of those named."""
     rows = np.arange(problem.rows) if rows is None else rows
-    return np.sum([table[courses[:, step], rows] for step, table in enumerate(problem.tables)], axis=0)
+    each = [table[courses[:, step], rows] for step, table in enumerate(problem.tables)]
+    return np.sum(each, axis=0, dtype=np.float64)
 
 
 def _held(problem: Problem, courses: Ints) -> tuple[Floats, Floats]:

@@ -1,9 +1,9 @@
-"""AMS-KV's settings, which its paper leaves open: two capacities, and the layers that get the larger one.
+"""AMS-KV's settings, which its paper leaves open: condensed scales, two capacities, the layers that get the larger one.
 
 All pairs of capacities are tried that differ in what a layer holds, each with as many demanding layers as the budget
-allows. With measured losses the pair of least loss is taken of those that spend nearly all of the budget. Without, no
-layer has much less than the mean, and the pair is taken that wastes least: budget that is not spent, and room that is
-needed during a step alone, before layers have dropped what they drop.
+allows. With measured losses the pair of least loss is taken of those that spend nearly all of the budget, over every
+number of condensed scales. Without, no layer has much less than the mean, and the pair is taken that wastes least:
+budget that is not spent, and room that is needed during a step alone, before layers have dropped what they drop.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from amskv_kernels.policies.losses import Losses
-from amskv_kernels.policies.whole_scale import AMSKVCapacity
+from amskv_kernels.policies.whole_scale import CONDENSED, AMSKVCapacity
 from amskv_kernels.schedule import ScaleSchedule
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 History = tuple[tuple[int, ...], ...]
 
 UNSPENT = 0.03  # of the budget, at most, where losses choose; more where every setting leaves more
@@ -28,15 +29,34 @@ LEAST, LEFT, PASSING = 0.85, 0.01, 0.025
 
 
 class Setting(NamedTuple):
-    """Capacities in tokens, and the layers that have the larger one."""
+    """Capacities in tokens, scales never dropped, and the layers that have the larger capacity."""
 
     c_min: int
     c_max: int
+    condensed: int
     demanding: tuple[int, ...]
 
 
+class _Tried(NamedTuple):
+    """All settings with one number of condensed scales: pairs of what a layer may hold, and how many layers follow."""
+
+    condensed: int
+    histories: dict[int, History]  # by capacity
+    held: Floats  # (capacities, K) tokens
+    small: Ints  # (N,) of capacities
+    large: Ints  # (N,)
+    demanding: Ints  # (N,) layers
+    unspent: Floats  # (N,) share of the budget
+
+    def setting(self, which: int, ranking: Sequence[int]) -> Setting:
+        """One of the pairs, with the first layers of a ranking demanding."""
+        sizes, demanding = list(self.histories), ranking[: self.demanding[which]]
+        return Setting(sizes[self.small[which]], sizes[self.large[which]], self.condensed, tuple(sorted(demanding)))
+
+
 def find_setting(
-    schedule: ScaleSchedule, num_layers: int, mean: float, condensed: int, ranking: Sequence[int], losses: Losses | None
+    schedule: ScaleSchedule, num_layers: int, mean: float, condensed: int | None, ranking: Sequence[int],
+    losses: Losses | None,
 ) -> Setting:  # fmt: skip
     """The setting within `mean` tokens a layer.
 
@@ -44,35 +64,59 @@ def find_setting(
         schedule: the model's.
         num_layers: L.
         mean: tokens per layer; holds the condensed scales.
-        condensed: scales never dropped.
+        condensed: scales never dropped; None: to be found, with losses from the first one up.
         ranking: all layers, most demanding first.
         losses: of this model, or None.
     """
+    if losses is None:
+        tried = _tried(schedule, num_layers, mean, _condensed(schedule, mean) if condensed is None else condensed)
+        return _least_waste(schedule, num_layers, mean, tried, ranking)
+    counts = range(1, len(schedule) - 1) if condensed is None else (condensed,)
+    found = [_tried(schedule, num_layers, mean, count) for count in counts if sum(schedule.tokens[:count]) <= mean]
+    allowed = max(UNSPENT, min(float(tried.unspent.min()) for tried in found))
+    best = []
+    for tried in found:
+        loss = np.where(tried.unspent <= allowed, _losses(schedule, tried, ranking, losses), np.inf)
+        best.append((float(loss.min()), tried.setting(int(loss.argmin()), ranking)))
+    return min(best)[1]
+
+
+def _condensed(schedule: ScaleSchedule, mean: float) -> int:
+    """The paper's two; where nothing has to go before the last step, as many scales as fit beside the largest.
+
+    A coarse scale is attended to like a fine one, at a fraction of the tokens.
+    """
+    read = schedule.tokens[:-1]
+    if not sum(read[:-1]) <= mean < sum(read):
+        return CONDENSED
+    return max((c for c in range(CONDENSED, len(read)) if sum(read[:c]) + max(read) <= mean), default=CONDENSED)
+
+
+def _tried(schedule: ScaleSchedule, num_layers: int, mean: float, condensed: int) -> _Tried:
+    """Every pair of capacities within the mean, with as many demanding layers as it allows."""
     histories = _histories(schedule, condensed, mean * num_layers)
-    sizes = list(histories)
     held = np.array([[float(sum(schedule.tokens[s] for s in seen)) for seen in each] for each in histories.values()])
-    cost = None if losses is None else _costs(schedule, list(histories.values()), losses)  # (capacities, L)
-    widest = held.max(1)
-    ample = np.flatnonzero((widest >= min(LEAST * mean, widest[widest <= mean].max())) & (widest <= mean))
-    found: list[tuple[float, float, Setting]] = []  # unspent share, loss
-    for i in ample if cost is None else range(len(sizes)):
-        for j in range(i, len(sizes)):
-            count = _most_demanding(held[i], held[j], num_layers, mean)
-            if count is None:
-                continue
-            demanding = list(ranking[:count])
-            total = float(((num_layers - count) * held[i] + count * held[j]).max()) / num_layers
-            loss = 0.0 if cost is None else float(cost[i].sum() - (cost[i] - cost[j])[demanding].sum())
-            found.append((1 - total / mean, loss, Setting(sizes[i], sizes[j], tuple(sorted(demanding)))))
-    if cost is None:
-        return _least_waste(found, [_passing(schedule, histories, num_layers, mean, each[2]) for each in found])
-    allowed = max(UNSPENT, min(unspent for unspent, _, _ in found))
-    return min((each for each in found if each[0] <= allowed), key=lambda each: each[1])[2]
+    small, large = np.triu_indices(len(held))
+    room, more = num_layers * (mean - held[small]), held[large] - held[small]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        most = np.floor(np.where(more > 0, room / more, num_layers) + 1e-9).min(1).clip(max=num_layers)
+    total = num_layers * held[small] + most[:, None] * more
+    fits = (most >= 0) & (total <= num_layers * mean + 1e-6).all(1)
+    small, large, demanding = small[fits], large[fits], most[fits].astype(np.int64)
+    return _Tried(condensed, histories, held, small, large, demanding, 1 - total[fits].max(1) / (num_layers * mean))
 
 
-def _least_waste(found: list[tuple[float, float, Setting]], passing: list[float]) -> Setting:
-    """Of settings with what they leave unspent, the one that wastes least, see `LEFT` and `PASSING`."""
-    wasted = [(unspent, passed, setting) for (unspent, _, setting), passed in zip(found, passing, strict=True)]
+def _least_waste(
+    schedule: ScaleSchedule, num_layers: int, mean: float, tried: _Tried, ranking: Sequence[int]
+) -> Setting:  # fmt: skip
+    """The setting that wastes least, see `LEAST`, `LEFT` and `PASSING`."""
+    widest = tried.held.max(1)
+    ample = (widest >= min(LEAST * mean, widest[widest <= mean].max())) & (widest <= mean)
+    wasted = []
+    for i in np.flatnonzero(ample[tried.small]):
+        setting = tried.setting(int(i), ranking)
+        passing = _passing(schedule, tried.histories, num_layers, mean, setting)
+        wasted.append((float(tried.unspent[i]), passing, setting))
     little = [each for each in wasted if each[0] <= LEFT and each[1] <= PASSING]
     if little:
         return min(little, key=lambda each: each[0] + each[1])[2]
@@ -105,21 +149,18 @@ def _passing(
     return float(live.max() - held.sum(0).max()) / (mean * num_layers)
 
 
-def _most_demanding(small: Floats, large: Floats, num_layers: int, mean: float) -> int | None:
-    """How many layers may follow `large` where all others follow `small`; None where not even that fits."""
-    room, more = num_layers * (mean - small), large - small
-    with np.errstate(divide="ignore", invalid="ignore"):
-        most = np.floor(np.where(more > 0, room / more, num_layers) + 1e-9).min()
-    count = int(min(most, num_layers))
-    return count if count >= 0 and (room - count * more >= -1e-6).all() else None
-
-
-def _costs(schedule: ScaleSchedule, histories: list[History], losses: Losses) -> Floats:
-    """(capacities, L) loss of each layer under each course.
+def _losses(schedule: ScaleSchedule, tried: _Tried, ranking: Sequence[int], losses: Losses) -> Floats:
+    """(N,) expected loss of every pair.
 
     A step counts by the loss of one query, over its map's tokens: what goes wrong in an early map is in all later ones.
     """
     tables = [table / n**2 for table, n in zip(losses.of_sets("layer", 0), schedule.tokens, strict=True)]
-    return np.array(
-        [sum(tables[step][sum(1 << s for s in seen)] for step, seen in enumerate(each)) for each in histories]
-    )
+    cost = np.array(
+        [
+            sum(tables[step][sum(1 << s for s in seen)] for step, seen in enumerate(each))
+            for each in tried.histories.values()
+        ]
+    )  # (capacities, L)
+    upto = np.pad(cost[:, list(ranking)].cumsum(1), ((0, 0), (1, 0)))  # over the most demanding layers
+    small, large, count = tried.small, tried.large, tried.demanding
+    return upto[large, count] + upto[small, -1] - upto[small, count]

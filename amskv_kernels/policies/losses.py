@@ -22,6 +22,7 @@ from amskv_kernels.schedule import ScaleSchedule
 
 FORMAT = "amskv-losses-1"
 DIGITS = 5  # significant ones in the file; the scatter between images is far larger
+BLOCK = 128  # heads at a time, whose sets stay in a core's cache
 LEAST_REST = 1e-3  # of the attention: what remains where all else is forgotten, when rounding leaves nothing
 MOST_SCALES = 14  # that may be forgotten: 2^14 sets of them
 
@@ -93,7 +94,7 @@ class Losses:
         squares: Array = np.einsum("lhtss->lhts", self.gram)
         return squares / (1 - self.mass).clip(LEAST_REST) ** 2
 
-    def of_sets(self, by: str, protected: int) -> list[Array]:
+    def of_sets(self, by: str, protected: int) -> list[npt.NDArray[np.float32]]:
         """For each step, the loss of every row where each set of scales is kept and all others are forgotten.
 
         Args:
@@ -113,16 +114,18 @@ class Losses:
                 f"protected is {protected}; of {steps - 1} scales that are read later at most {MOST_SCALES} may be "
                 f"forgotten, so it must be at least {steps - 1 - MOST_SCALES}"
             )
-        tables = []
-        for step in range(steps):
-            free = slice(protected, max(step, protected))
-            squares = _sums_of_sets(self.gram[:, :, step, free, free])
-            rest = (1 - _sums_of_sets(self.mass[:, :, step, free])).clip(LEAST_REST)
-            loss = tokens[step] * squares.clip(0) / rest**2
-            # Indexed by what is forgotten so far; what is kept is the complement.
-            table = loss[..., ::-1]
-            rows = table.sum(1) if by == "layer" else table.reshape(-1, table.shape[-1])
-            tables.append(np.ascontiguousarray(rows.T))
+        own = self.num_layers * (1 if by == "layer" else self.kv_heads)
+        tables = [np.empty((1 << max(0, step - protected), own), dtype=np.float32) for step in range(steps)]
+        block = max(1, BLOCK // self.kv_heads)
+        for first in range(0, self.num_layers, block):
+            for step, table in enumerate(tables):
+                free, layers = slice(protected, max(step, protected)), slice(first, first + block)
+                squares = _sums_of_sets(_rows_last(self.gram[layers, :, step, free, free]))
+                rest = (1 - _sums_of_sets(_rows_last(self.mass[layers, :, step, free]))).clip(LEAST_REST)
+                loss = tokens[step] * squares.clip(0) / (rest * rest)
+                # Indexed by what is forgotten so far; what is kept is the complement.
+                here = loss[::-1] if by == "head" else loss[::-1].reshape(len(loss), -1, self.kv_heads).sum(-1)
+                table[:, first * own // self.num_layers :][:, : here.shape[1]] = here
         return tables
 
     def check_fits(self, schedule: ScaleSchedule, num_layers: int, kv_heads: int | None = None) -> None:
@@ -194,14 +197,19 @@ def check_by(by: object) -> None:
         raise ValueError(f"by is {shown(by)}; it must be 'layer' or 'head'")
 
 
+def _rows_last(values: Array) -> Array:
+    """(L, Hkv, …) as (…, L·Hkv)."""
+    layers, heads, *rest = values.shape
+    return np.ascontiguousarray(np.moveaxis(values.reshape(layers * heads, *rest), 0, -1))
+
+
 def _sums_of_sets(values: Array) -> Array:
-    """(…, 2^n) Σ over each set, bit i standing for member i, of a vector (…, n), or of a symmetric matrix (…, n, n)."""
-    *before, count = values.shape
-    matrix = values.ndim == 4
-    sums = np.zeros((*before[:2], 1 << count))
+    """(2^n, rows) Σ over each set, bit i standing for member i, of (n, rows), or of symmetric (n, n, rows)."""
+    count, rows = len(values), values.shape[-1]
+    sums = np.zeros((1 << count, rows))
     for i in range(count):
-        own = values[..., i, i, None] + 2 * _sums_of_sets(values[..., i, :i]) if matrix else values[..., i, None]
-        sums[..., 1 << i : 2 << i] = sums[..., : 1 << i] + own
+        own = values[i] if values.ndim == 2 else values[i, i] + 2 * _sums_of_sets(values[i, :i])
+        np.add(sums[: 1 << i], own, out=sums[1 << i : 2 << i])
     return sums
 
 

@@ -24,6 +24,8 @@ from amskv_kernels.schedule import ScaleSchedule
 
 Unit = Literal["tokens", "scales"]
 
+CONDENSED = 2  # scales, as AMS-KV's paper has it
+
 
 @dataclass(frozen=True)
 class Full(Policy):
@@ -147,7 +149,7 @@ class AMSKV(Policy):
         num_layers: int,
         saved: float,
         ranking: Sequence[int] | None = None,
-        condensed: int = 2,
+        condensed: int | None = None,
         losses: Losses | None = None,
     ) -> AMSKVCapacity:
         """The capacity setting that saves at least the share `saved` of all tokens, AMS-KV's own convention.
@@ -161,10 +163,11 @@ class AMSKV(Policy):
         """
         instance_of("schedule", schedule, ScaleSchedule)
         saved = real_number("saved", saved)
-        most = 1 - sum(schedule.tokens[: whole_number("condensed", condensed, 0)]) / schedule.total
-        if not 0 < saved <= most or condensed >= len(schedule) - 1:
+        least = _least_condensed(condensed, losses)
+        most = 1 - sum(schedule.tokens[:least]) / schedule.total
+        if not 0 < saved <= most or least >= len(schedule) - 1:
             raise ValueError(
-                f"saved is {saved:.4f}; with {shown(condensed)} condensed scales, schedule {schedule.name} can save "
+                f"saved is {saved:.4f}; with {shown(least)} condensed scales, schedule {schedule.name} can save "
                 f"more than 0 and at most {most:.4f} of all tokens"
             )
         return _with_mean(schedule, num_layers, (1 - saved + 5e-5) * schedule.total, ranking, condensed, losses)
@@ -175,7 +178,7 @@ class AMSKV(Policy):
         num_layers: int,
         budget: Budget,
         ranking: Sequence[int] | None = None,
-        condensed: int = 2,
+        condensed: int | None = None,
         losses: Losses | None = None,
     ) -> AMSKVCapacity:
         """The capacity setting that holds most of `budget` tokens per layer, and no more, on the mean over layers.
@@ -183,17 +186,19 @@ class AMSKV(Policy):
         Efficient layers get the most that all layers can have, demanding ones a larger capacity, the one that lets most
         of the mean be spent, and as many layers are demanding as the mean allows: the first of `ranking`. Without a
         ranking that is layer order, since the paper finds early layers demanding, the first layer last: on the digits
-        model it is among the least. With `losses` the capacities are those of the least expected loss of all that
-        spend nearly the whole mean, and layers are ranked by the similarity measured with them. Never storing the last
-        scale saves 38 … 46 % by itself: a budget of more than the rest drops nothing. The policy serves this schedule
-        and depth alone.
+        model it is among the least. With `losses` the capacities, and how many scales are condensed, are those of the
+        least expected loss of all that spend nearly the whole mean, and layers are ranked by the similarity measured
+        with them. Never storing the last scale saves 38 … 46 % by itself: a budget of more than the rest drops
+        nothing. The policy serves this schedule and depth alone.
 
         Args:
             schedule: the model's schedule.
             num_layers: L.
             budget: see `amskv_kernels.policies.budgets`.
             ranking: all layers, most demanding first.
-            condensed: scales never dropped.
+            condensed: scales never dropped. None: with losses, whatever loses least, from the first scale up; without,
+                two as in the paper, or, where nothing has to go before the last step, as many as fit beside the
+                largest scale.
             losses: of this model, as `amskv calibrate --method loss` measures them.
 
         Raises:
@@ -202,10 +207,11 @@ class AMSKV(Policy):
                 the layers or stands beside losses, or losses of another model.
         """
         mean = budget_mean(budget, schedule)
-        locked = sum(schedule.tokens[: whole_number("condensed", condensed, 0)])
-        if mean + ROUNDING < locked or condensed >= len(schedule) - 1:
+        least = _least_condensed(condensed, losses)
+        locked = sum(schedule.tokens[:least])
+        if mean + ROUNDING < locked or least >= len(schedule) - 1:
             raise ValueError(
-                f"budget is {budget!r}, {mean:.4g} tokens per layer; it must hold the {locked} of {shown(condensed)} "
+                f"budget is {budget!r}, {mean:.4g} tokens per layer; it must hold the {locked} of {shown(least)} "
                 f"condensed scales of schedule {schedule.name}, and another scale must be read later"
             )
         return _with_mean(schedule, num_layers, mean + ROUNDING, ranking, condensed, losses)
@@ -316,8 +322,8 @@ class AMSKVCapacity(Policy):
 
 
 def _with_mean(
-    schedule: ScaleSchedule, num_layers: int, mean: float, ranking: Sequence[int] | None, condensed: int,
-    losses: Losses | None,
+    schedule: ScaleSchedule, num_layers: int, mean: float, ranking: Sequence[int] | None,
+    condensed: int | None, losses: Losses | None,
 ) -> AMSKVCapacity:  # fmt: skip
     """The setting of `AMSKV.for_budget` for a mean that holds the condensed scales and is a float."""
     num_layers = whole_number("num_layers", num_layers, 1, MOST_LAYERS)
@@ -334,7 +340,14 @@ def _with_mean(
 
     setting = find_setting(schedule, num_layers, min(mean, schedule.prefix), condensed, order, losses)
     made_for = MadeFor(schedule, num_layers)
-    return AMSKVCapacity(*setting[:2], "tokens", condensed, setting.demanding, made_for=made_for)
+    return AMSKVCapacity(setting.c_min, setting.c_max, "tokens", *setting[2:], made_for=made_for)
+
+
+def _least_condensed(condensed: int | None, losses: Losses | None) -> int:
+    """How many scales are never dropped, at least, see `AMSKV.for_budget`."""
+    if condensed is None:
+        return CONDENSED if losses is None else 1
+    return whole_number("condensed", condensed, 0)
 
 
 @lru_cache(maxsize=256)
