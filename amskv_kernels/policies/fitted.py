@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from amskv_kernels.arguments import instance_of, shown, whole_number
 from amskv_kernels.files import check_fits, read_fields, write_json
-from amskv_kernels.policies.allocation import Allocation, Problem, allocate
+from amskv_kernels.policies.allocation import Allocation, allocate
 from amskv_kernels.policies.base import HeadPolicy
 from amskv_kernels.policies.budgets import Budget, budget_mean, check_budget
+from amskv_kernels.policies.courses import Problem
 from amskv_kernels.policies.losses import Losses, check_by
 from amskv_kernels.schedule import ScaleSchedule
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from amskv_kernels import CachePlan, ScaleSchedule
 from amskv_kernels.policies import LeastLoss, Lifetimes, Losses
-from amskv_kernels.policies.allocation import Problem, allocate
+from amskv_kernels.policies.allocation import allocate
+from amskv_kernels.policies.courses import Problem
 
 
 def random_losses(schedule, layers, heads, seed):
