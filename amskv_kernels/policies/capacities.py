@@ -69,8 +69,8 @@ def find_setting(
         losses: of this model, or None.
     """
     if losses is None:
-        tried = _tried(schedule, num_layers, mean, _condensed(schedule, mean) if condensed is None else condensed)
-        return _least_waste(schedule, num_layers, mean, tried, ranking)
+        count, least = _unmeasured(schedule, mean, condensed)
+        return _least_waste(schedule, num_layers, mean, _tried(schedule, num_layers, mean, count), ranking, least)
     counts = range(1, len(schedule) - 1) if condensed is None else (condensed,)
     found = [_tried(schedule, num_layers, mean, count) for count in counts if sum(schedule.tokens[:count]) <= mean]
     allowed = max(UNSPENT, min(float(tried.unspent.min()) for tried in found))
@@ -81,15 +81,18 @@ def find_setting(
     return min(best)[1]
 
 
-def _condensed(schedule: ScaleSchedule, mean: float) -> int:
-    """The paper's two; where nothing has to go before the last step, as many scales as fit beside the largest.
+def _unmeasured(schedule: ScaleSchedule, mean: float, condensed: int | None) -> tuple[int, float]:
+    """How many scales are condensed, and the least that every layer holds at its widest.
 
-    A coarse scale is attended to like a fine one, at a fraction of the tokens.
+    The paper's two. But where nothing has to go before the last step, all local scales are at hand until then, and as
+    many are condensed as fit beside the largest, which every layer keeps: a coarse scale is attended to like a fine
+    one, at a fraction of the tokens.
     """
     read = schedule.tokens[:-1]
-    if not sum(read[:-1]) <= mean < sum(read):
-        return CONDENSED
-    return max((c for c in range(CONDENSED, len(read)) if sum(read[:c]) + max(read) <= mean), default=CONDENSED)
+    fitting = [count for count in range(CONDENSED, len(read)) if sum(read[:count]) + max(read) <= mean]
+    if condensed is None and fitting and sum(read[:-1]) <= mean < sum(read):
+        return fitting[-1], float(sum(read[: fitting[-1]]) + max(read))
+    return CONDENSED if condensed is None else condensed, LEAST * mean
 
 
 def _tried(schedule: ScaleSchedule, num_layers: int, mean: float, condensed: int) -> _Tried:
@@ -107,11 +110,11 @@ def _tried(schedule: ScaleSchedule, num_layers: int, mean: float, condensed: int
 
 
 def _least_waste(
-    schedule: ScaleSchedule, num_layers: int, mean: float, tried: _Tried, ranking: Sequence[int]
+    schedule: ScaleSchedule, num_layers: int, mean: float, tried: _Tried, ranking: Sequence[int], least: float
 ) -> Setting:  # fmt: skip
-    """The setting that wastes least, see `LEAST`, `LEFT` and `PASSING`."""
+    """The setting that wastes least, see `LEFT` and `PASSING`, of those that give every layer `least` tokens."""
     widest = tried.held.max(1)
-    ample = (widest >= min(LEAST * mean, widest[widest <= mean].max())) & (widest <= mean)
+    ample = (widest >= min(least, widest[widest <= mean].max())) & (widest <= mean)
     wasted = []
     for i in np.flatnonzero(ample[tried.small]):
         setting = tried.setting(int(i), ranking)

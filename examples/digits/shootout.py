@@ -17,7 +17,7 @@ import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,8 +33,8 @@ from amskv_kernels.cli import console, plots
 from amskv_kernels.files import write_json
 from amskv_kernels.models import VAR, VQVAE, ConcatKVCache, Generation
 from amskv_kernels.planning.memory import MIB
-from amskv_kernels.policies import LeastLoss
-from examples.digits.contestants import ABLATION, FITTED, RIVALS, SHARES, WINDOWS, contestants, measure
+from amskv_kernels.policies import LeastLoss, Losses
+from examples.digits.contestants import ABLATION, FITTED, RIVALS, SHARES, WINDOWS, TokenForm, contestants, measure
 from examples.digits.data import accuracy
 from examples.digits.demo import PAIR_BYTES, Timed, machine
 from examples.digits.model import SAMPLING, load
@@ -178,7 +178,7 @@ class Bench:
             psnr_db=None if drawn is full else sum(psnr) / len(psnr),
             psnr_each=psnr,
             attention_error=attention_error(self.var, self.vae, plan, self.device),
-            settings=repr(policy),
+            settings=settings(policy),
             gap=policy.fit.gap if isinstance(policy, LeastLoss) else None,
         )
 
@@ -187,6 +187,12 @@ class Bench:
         labels = self.labels[:TIMED]
         own, stock = (draw(self.var, self.vae, plan, labels, TIMED)[1] for plan in (self.plan(policy), None))
         return own / stock
+
+
+def settings(policy: Policy) -> str:
+    """All that a row depends on: of a fitted policy, beside its arguments, what the fit came to."""
+    fitted = policy.fitted if isinstance(policy, TokenForm) else policy
+    return f"{policy!r}" + (f", expected loss {fitted.fit.loss:.6g}" if isinstance(fitted, LeastLoss) else "")
 
 
 _bench: Bench | None = None  # of a worker process
@@ -202,30 +208,30 @@ def _row(name: str, share: float, policy: Policy) -> Row:
     return _bench.row(name, share, policy)
 
 
-def run(args: argparse.Namespace, known: Sequence[dict]) -> Iterator[dict]:
+def run(
+    args: argparse.Namespace, policies: Mapping[tuple[str, float], Policy], known: Sequence[dict]
+) -> Iterator[dict]:  # fmt: skip
     """The full cache and every contestant; a row that is known already, of the same settings, is not drawn again."""
-    device = torch.device(args.device)
-    var, vae = load(device)
-    policies = {("full", 1.0): Full()} | contestants(var.config.schedule, var.config.depth, measure(var, vae, device))
+    policies = {("full", 1.0): Full(), **policies}
     done = {(row["policy"], row["share"], row["settings"]): row for row in known}
     setup = (args.images, args.batch, args.device)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=spawn, initializer=_start, initargs=setup) as pool:
         found = {}
         for (name, share), policy in policies.items():
-            row = done.get((name, share, repr(policy)))
+            row = done.get((name, share, settings(policy)))
             found[name, share] = row or pool.submit(_row, name, share, policy)
         for row in tqdm(found.values(), unit="row", desc="drawing", disable=None):
             yield row if isinstance(row, dict) else asdict(row.result())
 
 
-def time_rows(args: argparse.Namespace, rows: Sequence[dict]) -> None:
-    """Attention times, one process alone: for every row, whatever was known of it."""
+def time_rows(
+    args: argparse.Namespace, policies: Mapping[tuple[str, float], Policy], rows: Sequence[dict]
+) -> None:  # fmt: skip
+    """Attention times, one process alone: for every row that the table shows, whatever was known of it."""
     bench = Bench(TIMED, TIMED, args.device)
-    policies = contestants(
-        bench.var.config.schedule, bench.var.config.depth, measure(bench.var, bench.vae, bench.device)
-    )
-    for row in tqdm(rows, unit="row", desc="timing", disable=None):
+    shown = [row for row in rows if row["policy"] not in ABLATION]
+    for row in tqdm(shown, unit="row", desc="timing", disable=None):
         row["attention_share"] = bench.attention_share(policies.get((row["policy"], row["share"]), Full()))
 
 
@@ -318,8 +324,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     known = before.get("rows", []) if all(before.get(key) == value for key, value in setup.items()) else []
     ran = machine() if device.type == "cpu" else {**machine(), "gpu": torch.cuda.get_device_name(device)}
-    result = {"machine": ran, **setup, "rows": [], "scales": scales(device)}
-    for row in run(args, known):
+    torch.set_num_threads(1)
+    var, vae = load(device)
+    measured = measure(var, vae, device)
+    policies = contestants(var.config.schedule, var.config.depth, measured)
+    result: dict[str, Any] = {"machine": ran, **setup, "rows": [], "scales": scales(measured.losses)}
+    for row in run(args, policies, known):
         result["rows"].append(row)
         # What an interrupted run has drawn is there for the next one.
         drawn = {(each["policy"], each["share"]) for each in result["rows"]}
@@ -327,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json(path, {**result, "rows": [*result["rows"], *left]})
     rows = result["rows"]
     if not args.no_times:
-        time_rows(args, rows)
+        time_rows(args, policies, rows)
     write_json(path, result)
     shown = [row for row in rows if row["policy"] not in ABLATION]
     plots.quality(shown, f"{args.images} digits from the same seeds, fp32", args.out / "shootout.png")
@@ -337,9 +347,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"figures   {path}")
 
 
-def scales(device: torch.device) -> list[dict[str, float]]:
+def scales(losses: Losses) -> list[dict[str, float]]:
     """What each scale of the model is worth: its tokens, and the mean attention that later scales pay to it."""
-    losses = measure(*load(device), device).losses
     mass = losses.mass.mean((0, 1))  # (step, scale)
     tokens = ScaleSchedule(losses.schedule).tokens[:-1]
     return [{"tokens": n, "attention": float(mass[scale + 1 :, scale].mean())} for scale, n in enumerate(tokens)]

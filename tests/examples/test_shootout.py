@@ -53,8 +53,6 @@ def test_tables_of_the_committed_result():
 def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     losses = random_losses(VAR_256, 8, 2, 0)
     policies = {("LeastLoss", 0.25): LeastLoss(170, losses), ("LeastLoss", 0.1): LeastLoss(68, losses)}
-    monkeypatch.setattr(shootout, "contestants", lambda *_: policies)
-    monkeypatch.setattr(shootout, "measure", lambda *_: None)
     drawn = []
 
     class Pool:
@@ -69,16 +67,21 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
 
         def submit(self, _, name, share, policy):
             drawn.append((name, share))
-            row = shootout.Row(name, share, 0, 0, 0, 0, 0, 0, 0, [], 0, repr(policy))
+            row = shootout.Row(name, share, 0, 0, 0, 0, 0, 0, 0, [], 0, shootout.settings(policy))
             return type("Future", (), {"result": lambda self: row})()
 
     monkeypatch.setattr(shootout, "ProcessPoolExecutor", Pool)
     args = type("Args", (), {"images": 2, "batch": 2, "device": "cpu", "jobs": 1})()
-    rows = list(shootout.run(args, []))
+    rows = list(shootout.run(args, policies, []))
     assert drawn == [("full", 1.0), *policies] and len(rows) == 3
     drawn.clear()
-    assert list(shootout.run(args, rows[:2])) == rows
+    assert list(shootout.run(args, policies, rows[:2])) == rows
     assert drawn == [("LeastLoss", 0.1)]
+    drawn.clear()
+    policies["LeastLoss", 0.1] = LeastLoss(68, random_losses(VAR_256, 8, 2, 1))
+    assert repr(policies["LeastLoss", 0.1]) == repr(LeastLoss(68, losses))
+    list(shootout.run(args, policies, rows))
+    assert drawn == [("LeastLoss", 0.1)], "what was fitted to other losses is another policy"
 
 
 def test_no_progress_bar_in_a_log(capsys):

@@ -47,6 +47,32 @@ def test_losses_choose_the_setting_that_loses_less():
         assert all(wanted in fitted.visible(VAR_256, layer, 9) for layer in range(8))
 
 
+def test_losses_choose_how_many_scales_are_condensed():
+    """Where a coarse scale is what queries miss, to the end, it is never dropped."""
+    for wanted in (0, 3, 5):
+        losses = random_losses(VAR_256, 8, 2, 1)
+        losses.gram[:] *= 1e-9
+        losses.gram[..., wanted, wanted] = 1
+        policy = AMSKV.for_saving(VAR_256, 8, 0.75, losses=losses)
+        assert all(
+            wanted in policy.visible(VAR_256, layer, step) for layer in range(8) for step in range(wanted + 1, 10)
+        )
+        assert AMSKV.for_saving(VAR_256, 8, 0.75, losses=losses, condensed=4).condensed == 4
+
+
+@pytest.mark.parametrize("layers", [8, 30])
+def test_without_losses_the_papers_two_scales_are_condensed_or_all_that_fit_beside_the_largest(layers):
+    for budget in (100, 170, 254, 424):
+        assert AMSKV.for_budget(VAR_256, layers, budget).condensed == 2, budget
+    for budget, condensed in ((255, 5), (260, 6), (324, 7), (340, 7), (423, 7)):
+        policy = AMSKV.for_budget(VAR_256, layers, budget)
+        assert policy.condensed == condensed, budget
+        for layer in range(layers):
+            assert {*range(condensed), 8} <= set(policy.visible(VAR_256, layer, 9))
+            assert all(policy.visible(VAR_256, layer, step) == tuple(range(step)) for step in range(9))
+    assert AMSKV.for_budget(VAR_256, layers, 340, condensed=2).condensed == 2
+
+
 def test_losses_by_string_and_by_mistake(tmp_path):
     losses = random_losses(VAR_256, 8, 2, 2)
     losses.save(tmp_path / "losses.json")
