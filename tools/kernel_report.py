@@ -40,7 +40,7 @@ ARCHITECTURES = (80, 90, 100, 120)
 SHARED_KB = {80: 163, 90: 227, 100: 227, 120: 99}
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32",
-         torch.int64: "*i64"}  # fmt: skip
+         torch.int64: "*i64", torch.int8: "*i8"}  # fmt: skip
 INSTRUCTIONS = {
     "wgmma": r"\bHGMMA\.",
     "tcgen05": r"\bUTC\w*MMA\b",
@@ -48,6 +48,9 @@ INSTRUCTIONS = {
     "cp.async 16 B": r"\bLDGSTS\.E\.BYPASS\.(?:\w+\.)*128\b",
     "16 B loads": r"\bLDG\.E\.(?:\w+\.)*128\b",
     "16 B stores": r"\bSTG\.E\.(?:\w+\.)*128\b",
+    "I2F": r"\bI2FP?\.",  # a byte becomes fp32 …
+    "PRMT": r"\bPRMT\b",  # … and two of these 16 bits each
+    "F2F": r"\bF2FP?\.",
 }
 
 
@@ -100,18 +103,24 @@ def record(call, case: str, arch: int, processors: int = 1) -> list[Launch]:
     return launches
 
 
-def attn_call(n: int, entries: int, head_dim: int, page_size: int, group: int = 1, dtype=torch.bfloat16):
+def attn_call(
+    n: int, entries: int, head_dim: int, page_size: int, group: int = 1, dtype=torch.bfloat16, eight_bit: bool = False
+):  # fmt: skip
     """A call of `attn` on tensors of the right shape and layout; contents do not matter."""
     heads = 4 * group
     qkv = torch.zeros(2, n, heads + 8, head_dim, dtype=dtype)
     q, k, v = qkv.split([heads, 4, 4], dim=2)
-    pages = torch.zeros(1, 2, page_size, head_dim, dtype=dtype)
+    pages = torch.zeros(1, 2, page_size, head_dim, dtype=torch.int8 if eight_bit else dtype)
+    scales = torch.zeros(1, 2, page_size) if eight_bit else None
     arena, slots = torch.zeros(2, 4, dtype=torch.int32), torch.zeros(1, 1, entries, dtype=torch.int32)
-    return lambda: attn.attn(q, k, v, pages, arena, slots, slots, 1.0)
+    return lambda: attn.attn(q, k, v, pages, arena, slots, slots, 1.0, scales)
 
 
 def attn_launches(arch: int) -> list[Launch]:
-    """Every line of the tile table, at page sizes below and above BLOCK_N; GQA, fp16 and split where they differ."""
+    """Every line of the tile table, at page sizes below and above BLOCK_N; GQA, fp16 and split where they differ.
+
+    With int8 pages the same lines, with K and V of the other half of the dtypes at GQA.
+    """
     launches = []
     for head_dim in (64, 96, 128):
         for line in lines(arch, head_dim):
@@ -123,8 +132,14 @@ def attn_launches(arch: int) -> list[Launch]:
             if head_dim != 96:
                 call = attn_call(max(1, rows // 4), entries, head_dim, 64, group=4, dtype=torch.float16)
                 launches += record(call, f"{name}, page 64, GQA, fp16", arch)
+                call = attn_call(max(1, rows // 4), entries, head_dim, 64, group=4, dtype=torch.float16, eight_bit=True)
+                launches += record(call, f"{name}, page 64, GQA, fp16, int8", arch)
+            call = attn_call(rows, entries, head_dim, 16 if head_dim == 64 else 64, eight_bit=True)
+            launches += record(call, f"{name}, page {16 if head_dim == 64 else 64}, int8", arch)
     launches += record(attn_call(64, 40, 64, 64), "D 64, split", arch, processors=1000)
+    launches += record(attn_call(64, 40, 64, 64, eight_bit=True), "D 64, split, int8", arch, processors=1000)
     launches += record(attn_call(64, 40, 64, 64, dtype=torch.float32), "D 64, fp32", arch)
+    launches += record(attn_call(64, 40, 64, 64, dtype=torch.float32, eight_bit=True), "D 64, fp32, int8", arch)
     return launches
 
 
@@ -133,12 +148,14 @@ def other_launches(arch: int) -> list[Launch]:
     launches = []
     for head_dim in (64, 128):
         for page_size in (16, 64):
-            for what, call in other_calls(head_dim, page_size).items():
-                launches += record(call, f"D {head_dim}, page {page_size} {what}".strip(), arch)
+            for eight_bit in (False, True):
+                kind = ", int8" if eight_bit else ""
+                for what, call in other_calls(head_dim, page_size, eight_bit).items():
+                    launches += record(call, f"D {head_dim}, page {page_size}{kind} {what}".strip(), arch)
     return launches
 
 
-def other_calls(head_dim: int, page_size: int) -> dict[str, Callable[[], object]]:
+def other_calls(head_dim: int, page_size: int, eight_bit: bool = False) -> dict[str, Callable[[], object]]:
     """A call of every other op on tensors of the right shape and layout."""
     qkv = torch.zeros(2, 64, 12, head_dim, dtype=torch.bfloat16)
     _, k, v = qkv.split([4, 4, 4], dim=2)
@@ -146,15 +163,18 @@ def other_calls(head_dim: int, page_size: int) -> dict[str, Callable[[], object]
     scale, angle = torch.zeros(4), torch.zeros(64, head_dim // 2)
     arena, slots = torch.zeros(2, 4, dtype=torch.int32), torch.zeros(1, 1, 40, dtype=torch.int32)
     keep = torch.zeros(2, 4, 64, dtype=torch.int64)
-    pages = torch.zeros(1, 2, page_size, head_dim, dtype=torch.bfloat16)
+    pages = torch.zeros(1, 2, page_size, head_dim, dtype=torch.int8 if eight_bit else torch.bfloat16)
+    scales = torch.zeros(1, 2, page_size) if eight_bit else None
     scores = partial(window_scores.window_scores, window, k, pages, arena, slots, 1.0)
-    return {
-        "": partial(append.append, k, v, pages, arena, slots),
-        "sum_logits": partial(scores, "sum_logits"),
-        "softmax": partial(scores, "softmax"),
-        "keep": partial(compact.compact, pages, arena, slots, k, v, keep, slots),
-        "norm, scale, rope": partial(prepare_qk.prepare_qk, qkv, 4, scale, angle, angle, True, 1e-12),
+    calls: dict[str, Callable[[], object]] = {
+        "": partial(append.append, k, v, pages, arena, slots, scales),
+        "sum_logits": partial(scores, "sum_logits", scales),
+        "softmax": partial(scores, "softmax", scales),
+        "keep": partial(compact.compact, pages, arena, slots, k, v, keep, slots, scales),
     }
+    if not eight_bit:  # it meets no pages
+        calls["norm, scale, rope"] = partial(prepare_qk.prepare_qk, qkv, 4, scale, angle, angle, True, 1e-12)
+    return calls
 
 
 def measure(launch: Launch, arch: int) -> dict[str, object]:

@@ -50,6 +50,8 @@ def diagnose() -> dict[str, dict[str, str]]:
         for op in ops.SCHEMAS:
             choice = ops.choose(op, kind)
             backends[f"{op} on {kind}"] = f"{choice.backend} ({choice.reason})"
+        choice = ops.choose("attn", kind, pages=torch.int8)
+        backends[f"attn on {kind}, int8 pages"] = f"{choice.backend} ({choice.reason})"
     if "cuda" not in kinds:
         backends["on cuda"] = "no CUDA device is visible to this torch"
     return {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from amskv_kernels import ops
 from amskv_kernels.ops import reference
 from amskv_kernels.ops.backends.triton.tiles import FAMILIES, LINES, Tile, attn_tile, split_count
 
+EIGHT_BIT = Path(__file__).with_name("test_triton_int8.py")  # the same child process runs it
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a child process with TRITON_INTERPRET=1")
 
@@ -54,29 +56,10 @@ def version(name: str) -> tuple[int, ...]:
 def test_everything_under_the_interpreter():
     pytest.importorskip("triton")
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, str(EIGHT_BIT)],
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
-
-
-@pytest.fixture
-def forced():
-    with amskv_kernels.backend("triton"):
-        yield
-
-
-@pytest.fixture
-def on_gpu(monkeypatch):
-    """Make launches choose as on a GPU of some architecture and size."""
-
-    def play(arch: int, processors: int = 1) -> None:
-        from amskv_kernels.ops.backends.triton import attn
-        from amskv_kernels.ops.backends.triton.common import Device
-
-        monkeypatch.setattr(attn, "describe", lambda _: Device(arch, processors))
-
-    return play
 
 
 def check_attn(args: tuple, case: Case) -> None:
@@ -281,6 +264,8 @@ def test_auto_keeps_the_cpu_off_the_interpreter():
 def test_triton_serves_a_gpu_and_says_why_not_a_cpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert ops.choose("attn", "cuda").backend == "triton"
+    for op in ("attn", "append", "window_scores", "compact"):
+        assert ops.choose(op, "cuda", HALF, torch.int8).backend == "triton"
     with amskv_kernels.backend("triton"), pytest.raises(RuntimeError, match="on the CPU it needs its interpreter"):
         ops.choose("attn", "cpu")
     monkeypatch.setitem(sys.modules, "triton", None)
@@ -333,8 +318,8 @@ def test_the_tile_table_serves_every_call():
     for arch in (80, 86, 89, 90, 100, 103, 120, 121):
         for head_dim in (64, 96, 128):
             for rows in (1, 16, 17, 100, 192, 193, 5000):
-                for entries in (0, 2, 3, 700):
-                    tile = attn_tile(arch, head_dim, 2, rows, entries)
+                for entries, eight_bit in itertools.product((0, 2, 3, 700), (False, True)):
+                    tile = attn_tile(arch, head_dim, 2, rows, entries, eight_bit)
                     assert tile.heads == 1 or (rows <= tile.block_m and rows <= 16)
     assert {family for family, _ in LINES} == set(FAMILIES)
     assert all(line.reason for table in LINES.values() for line in table)
@@ -348,12 +333,13 @@ def test_shares_follow_from_shapes_alone():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles for real")
-def test_a_launch_compiles_offline_to_the_instructions_meant():
+@pytest.mark.parametrize("eight_bit", [False, True], ids=["bf16", "int8"])
+def test_a_launch_compiles_offline_to_the_instructions_meant(eight_bit):
     """One of the launches of `make kernel-report`: on Hopper, wgmma fed by 16-byte asynchronous copies, no spills."""
     pytest.importorskip("triton")
     from tools import kernel_report
 
-    launch = kernel_report.record(kernel_report.attn_call(256, 27, 64, 16), "", 90)[0]
+    launch = kernel_report.record(kernel_report.attn_call(256, 27, 64, 16, eight_bit=eight_bit), "", 90)[0]
     assert {"q", "k", "v", "pages", "stride_kn"} <= set(launch.aligned)
     row = kernel_report.measure(launch, 90)
     assert row["wgmma"] > 0

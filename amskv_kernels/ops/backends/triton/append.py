@@ -14,7 +14,7 @@ ROWS = 32
 
 @triton.jit(do_not_specialize=["stride_wb", "stride_wh", "n", "S", "kv_heads"])
 def append_kernel(
-    k, v, pages, arena, write_slots,
+    k, v, pages, page_scales, arena, write_slots,
     stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, stride_wb, stride_wh,
     n, S, kv_heads,
     D: tl.constexpr, BD: tl.constexpr, PS: tl.constexpr, ROWS: tl.constexpr,
@@ -28,10 +28,12 @@ def append_kernel(
     p_v = v + i_b * stride_vb + i_h * stride_vh
     p_slots = write_slots + i_b * stride_wb + i_h * stride_wh
     page0 = tl.load(arena + i_bh)
-    store_page(p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_slots, S, i_s, D, BD, PS, ROWS)
+    store_page(p_k, p_v, stride_kn, stride_vn, n, pages, page_scales, page0, p_slots, S, i_s, D, BD, PS, ROWS)
 
 
-def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:
+def append(
+    k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor, page_scales: Tensor | None = None
+) -> None:  # fmt: skip
     """See `amskv_kernels.ops.append`."""
     batch, n, kv_heads, head_dim = k.shape
     page_size, entries = pages.shape[2], write_slots.shape[2]
@@ -40,6 +42,6 @@ def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tens
         return
     with on_device(k):
         append_kernel[programs,](
-            k, v, pages, arena, write_slots, *k.stride()[:3], *v.stride()[:3], *table_strides(write_slots),
+            k, v, pages, page_scales, arena, write_slots, *k.stride()[:3], *v.stride()[:3], *table_strides(write_slots),
             n, entries, kv_heads, D=head_dim, BD=padded(head_dim), PS=page_size, ROWS=min(page_size, ROWS),
         )  # fmt: skip

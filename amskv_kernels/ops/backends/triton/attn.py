@@ -1,11 +1,8 @@
 """`attn`: one kernel gathers history through the page table, reads the current scale in place, and stores it.
 
-A head's keys are a sequence of tiles of BN rows: its history, page by page, then the rows of k. A program owns BM
-query rows of one KV head (with GQA the G heads of a group are rows of the same tile: no mask depends on the query)
-and walks all tiles, or one share of them where a second kernel merges the shares (`attn_merge`).
-
-Full tiles come first, in one software-pipelined loop that masks nothing and does not drain between history and
-current rows; tiles with a hole (a partial page, the tail of k) come after them. Keys may be taken in any order.
+A program owns BM query rows of one KV head (with GQA the G heads of a group are rows of the same tile: no mask depends
+on the query) and walks all tiles of its keys (`attend`), or one share of them where a second kernel merges the shares
+(`attn_merge`).
 
 Storing: each page to be written belongs to one of the head's programs, dealt out in turn. It reads its rows a second
 time, which the loop has just brought into L2; keeping the store out of the loop leaves the loop free of branches.
@@ -22,20 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from amskv_kernels.ops.backends.triton.attend import attend_range
 from amskv_kernels.ops.backends.triton.attn_packed import attn_packed_kernel
 from amskv_kernels.ops.backends.triton.common import (
-    NO_SHIFT,
-    SLOT_BLOCK,
-    SLOT_MASK,
     Start,
     describe,
     finished,
     on_device,
     padded,
-    page_offset,
-    product,
-    scale_of,
-    shift_of,
     store_page,
     table_strides,
 )  # fmt: skip
@@ -45,127 +36,9 @@ from amskv_kernels.ops.checks import PlannedAttn
 NO_SPECIAL = ["stride_rb", "stride_rh", "stride_wb", "stride_wh", "n", "S", "S_w", "kv_heads", "tiles_m", "splits"]
 
 
-@triton.jit
-def full_tiles(p_slots, S, PS: tl.constexpr, BN: tl.constexpr):
-    """Tiles before the first page that is not full."""
-    first = S
-    for i_0 in range(0, S, SLOT_BLOCK):
-        o_s = i_0 + tl.arange(0, SLOT_BLOCK)
-        b_slot = tl.load(p_slots + o_s, mask=o_s < S, other=0)
-        first = tl.minimum(first, tl.min(tl.where((b_slot & SLOT_MASK) < PS, o_s, S)))
-    return first * PS // BN
-
-
-@triton.jit
-def tile_slots(i_t, history, p_slots, S, PS: tl.constexpr, BN: tl.constexpr):
-    """The entry under every row of tile `i_t` of the history [BN], 0 where there is none.
-
-    One load per row also where the tile lies within one page: it costs fewer registers than scalar arithmetic would.
-    """
-    entries = tl.where(history, S, 0)
-    i_s = (i_t * BN + tl.arange(0, BN)) // PS
-    return tl.load(p_slots + i_s, mask=i_s < entries, other=0)
-
-
-@triton.jit
-def key_rows(
-    i_t, history, slot, p_k, p_v, stride_kn, stride_vn, n, pages, page0,
-    D: tl.constexpr, PS: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Pointers [BN] to the K and V rows of tile `i_t` of the history or of the current rows, and which are there.
-
-    What differs is selected before the multiplications: a selected pointer would no longer count as aligned, and the
-    loads would be neither 16 bytes wide nor pipelined.
-    """
-    o_n = i_t * BN + tl.arange(0, BN)
-    o_n = tl.where(history, o_n % PS, o_n)
-    b_there = o_n < tl.where(history, slot & SLOT_MASK, n)
-    o_page = page_offset(tl.where(history, page0, 0), slot, PS, D)
-    o_row = o_n.to(tl.int64)
-    b_k = tl.where(history, pages, p_k) + (o_page + o_row * tl.where(history, D, stride_kn))
-    b_v = tl.where(history, pages + PS * D, p_v) + (o_page + o_row * tl.where(history, D, stride_vn))
-    return b_k, b_v, b_there
-
-
-@triton.jit
-def attend_tile(
-    b_q, b_acc, b_sum, b_shift, b_pk, b_pv, b_there, scale_log2,
-    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """One step of online softmax, in powers of two; MASKED if some of the tile's rows may not be there."""
-    o_d = tl.arange(0, BD)
-    p_k = b_pk[:, None] + o_d[None, :]  # [BN, BD]
-    p_v = b_pv[:, None] + o_d[None, :]
-    if MASKED:
-        b_load = b_there[:, None] & (o_d < D)[None, :]
-        b_k = tl.load(p_k, mask=b_load, other=0.0)
-        b_v = tl.load(p_v, mask=b_load, other=0.0)
-    elif BD > D:
-        b_k = tl.load(p_k, mask=(o_d < D)[None, :], other=0.0)
-        b_v = tl.load(p_v, mask=(o_d < D)[None, :], other=0.0)
-    else:
-        b_k = tl.load(p_k)
-        b_v = tl.load(p_v)
-    b_s = product(b_q, tl.trans(b_k), tl.zeros([b_q.shape[0], b_k.shape[0]], tl.float32))  # [BM, BN]
-    if MASKED:
-        b_s = tl.where(b_there[None, :], b_s, float("-inf"))
-    b_new = tl.maximum(b_shift, shift_of(tl.max(b_s, 1), scale_log2))
-    b_decay = tl.exp2(b_shift - b_new)
-    b_acc = b_acc * b_decay[:, None]
-    b_p = tl.exp2(b_s * scale_of(b_new, scale_log2)[:, None] - b_new[:, None])
-    b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-    b_acc = product(b_p.to(b_v.dtype), b_v, b_acc)
-    return b_acc, b_sum, b_new
-
-
-@triton.jit
-def attend_tiles(
-    start, end, tiles_h, first_h, first_c, b_q, b_acc, b_sum, b_shift,
-    p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_slots, S, scale_log2,
-    D: tl.constexpr, BD: tl.constexpr, PS: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Tiles start … end − 1 of a sequence: `tiles_h` of the history from `first_h` on, then of k from `first_c` on.
-
-    Entries are asked for one tile ahead: inside a tile they would put two latencies between it and its rows.
-    """
-    slot = tile_slots(start + first_h, start < tiles_h, p_slots, S, PS, BN)
-    for i in range(start, end):
-        history = i < tiles_h
-        i_t = tl.where(history, i + first_h, i - tiles_h + first_c)
-        b_pk, b_pv, b_row = key_rows(i_t, history, slot, p_k, p_v, stride_kn, stride_vn, n, pages, page0, D, PS, BN)
-        slot = tile_slots(i + 1 + first_h, i + 1 < tiles_h, p_slots, S, PS, BN)
-        b_acc, b_sum, b_shift = attend_tile(b_q, b_acc, b_sum, b_shift, b_pk, b_pv, b_row, scale_log2, D, BD, MASKED)
-    return b_acc, b_sum, b_shift
-
-
-@triton.jit
-def attend_range(
-    start, end, tiles_h, b_q, p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_slots, S, scale_log2,
-    D: tl.constexpr, BD: tl.constexpr, PS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FULL_FIRST: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over tiles start … end − 1: where FULL_FIRST, those without a hole are numbered first."""
-    full_h, full_c = 0, 0
-    if FULL_FIRST:
-        full_h, full_c = full_tiles(p_slots, S, PS, BN), n // BN
-    b_acc = tl.zeros([BM, BD], tl.float32)
-    b_sum = tl.zeros([BM], tl.float32)
-    b_shift = tl.full([BM], NO_SHIFT, tl.float32)
-    if FULL_FIRST:
-        b_acc, b_sum, b_shift = attend_tiles(
-            start, tl.minimum(end, full_h + full_c), full_h, 0, 0, b_q, b_acc, b_sum, b_shift,
-            p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_slots, S, scale_log2, D, BD, PS, BN, False,
-        )  # fmt: skip
-        start = tl.maximum(start, full_h + full_c)
-    b_acc, b_sum, b_shift = attend_tiles(
-        start - full_h - full_c, end - full_h - full_c, tiles_h - full_h, full_h, full_c, b_q, b_acc, b_sum, b_shift,
-        p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_slots, S, scale_log2, D, BD, PS, BN, True,
-    )  # fmt: skip
-    return b_acc, b_sum, b_shift
-
-
 @triton.jit(do_not_specialize=NO_SPECIAL)
 def attn_kernel(
-    q, k, v, pages, arena, read_slots, write_slots, out, lse,
+    q, k, v, pages, page_scales, arena, read_slots, write_slots, out, lse,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_rb, stride_rh, stride_wb, stride_wh,
     n, S, S_w, kv_heads, scale_log2, tiles_m, splits,
@@ -204,7 +77,7 @@ def attn_kernel(
         start = i_split * share
         end = tl.minimum(start + share, end)
     b_acc, b_sum, b_shift = attend_range(
-        start, end, tiles_h, b_q, p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_read, S, scale_log2,
+        start, end, tiles_h, b_q, p_k, p_v, stride_kn, stride_vn, n, pages, page_scales, page0, p_read, S, scale_log2,
         D, BD, PS, BM, BN, FULL_FIRST,
     )  # fmt: skip
     b_acc, b_lse = finished(b_acc, b_sum, b_shift, scale_log2)
@@ -215,7 +88,7 @@ def attn_kernel(
 
     p_write = write_slots + i_b * stride_wb + i_h * stride_wh
     for i_s in range(i_store, S_w, step):
-        store_page(p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_write, S_w, i_s, D, BD, PS, 16)
+        store_page(p_k, p_v, stride_kn, stride_vn, n, pages, page_scales, page0, p_write, S_w, i_s, D, BD, PS, 16)
 
 
 @triton.jit(do_not_specialize=["rows", "n", "heads", "splits"])
@@ -277,7 +150,7 @@ def plan_launch(
         (k.shape[2], pages.shape[2], read_slots.shape[2]),
     )
     device, group = describe(q.device), heads // kv_heads
-    tile = attn_tile(device.arch, head_dim, q.element_size(), n * group, entries)
+    tile = attn_tile(device.arch, head_dim, q.element_size(), n * group, entries, pages.dtype == torch.int8)
     scalars = (
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *table_strides(read_slots), *table_strides(write_slots),
         n, entries, write_slots.shape[2], kv_heads, softmax_scale / math.log(2),
@@ -298,19 +171,21 @@ def plan_launch(
     return Launch(Start(attn_kernel, grid, meta), (*scalars, tiles_m, splits), splits)
 
 
-def run_launch(launch: Launch, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """Launch for q, k, v, pages, arena, read_slots, write_slots: out and lse."""
-    q, splits = tensors[0], launch.splits
+def run_launch(
+    launch: Launch, q: Tensor, k: Tensor, v: Tensor, pool: tuple[Tensor | None, ...]
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launch for q, k, v and pages, page_scales, arena, read_slots, write_slots: out and lse."""
+    splits = launch.splits
     batch, n, heads, head_dim = q.shape
     out = q.new_empty(batch, n, heads, head_dim)
     lse = q.new_empty(batch, heads, n, dtype=torch.float32)
     with on_device(q):
         if splits == 1:
-            launch.start(*tensors, out, lse, *launch.scalars)
+            launch.start(q, k, v, *pool, out, lse, *launch.scalars)
             return out, lse
         part = q.new_empty(splits, batch, n, heads, head_dim, dtype=torch.float32)
         part_lse = q.new_empty(splits, batch, heads, n, dtype=torch.float32)
-        launch.start(*tensors, part, part_lse, *launch.scalars)
+        launch.start(q, k, v, *pool, part, part_lse, *launch.scalars)
         rows = batch * n * heads
         # 16 rows of 4 warps: 32 … 64 bytes a lane. Not yet measured; the pass is short and bound by bandwidth.
         attn_merge_kernel[triton.cdiv(rows, 16),](
@@ -321,16 +196,16 @@ def run_launch(launch: Launch, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Ten
 
 def attn(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
-    read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
+    read_slots: Tensor, write_slots: Tensor, softmax_scale: float, page_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `amskv_kernels.ops.attn`."""
     launch = plan_launch(q, k, v, pages, read_slots, write_slots, softmax_scale)
-    return run_launch(launch, (q, k, v, pages, arena, read_slots, write_slots))
+    return run_launch(launch, q, k, v, (pages, page_scales, arena, read_slots, write_slots))
 
 
 def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
     """`attn` with its launch worked out once for each layout of q, k and v: strides and 16-byte alignment."""
-    tables = (call.pages, call.arena, call.read_slots, call.write_slots)
+    pool = (call.pages, call.page_scales, call.arena, call.read_slots, call.write_slots)
     known: dict[tuple[object, ...], Launch] = {}
 
     def ready(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
@@ -342,6 +217,6 @@ def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float]
                 known.clear()
             launch = plan_launch(q, k, v, call.pages, call.read_slots, call.write_slots, softmax_scale)
             known[layout] = launch
-        return run_launch(launch, (q, k, v, *tables))[0]
+        return run_launch(launch, q, k, v, pool)[0]
 
     return ready

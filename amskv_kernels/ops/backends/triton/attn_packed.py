@@ -17,25 +17,32 @@ import triton.language as tl
 from amskv_kernels.ops.backends.triton.common import (
     NO_SHIFT,
     SLOT_MASK,
+    as_type,
+    eight_bit,
     finished,
     page_offset,
     product,
     scale_of,
     shift_of,
+    weighed,
 )
 
 
 @triton.jit
-def attend_heads(b_q, b_k, b_v, b_there, b_acc, b_sum, b_shift, scale_log2):
-    """One step of online softmax for HP heads; b_there [HP, BN]."""
+def attend_heads(b_q, b_k, b_v, b_k_scale, b_v_scale, b_there, b_acc, b_sum, b_shift, scale_log2):
+    """One step of online softmax for HP heads; b_there and the scales of eight-bit rows [HP, BN]."""
     b_zero = tl.zeros([b_q.shape[0], b_q.shape[1], b_k.shape[1]], tl.float32)
-    b_s = product(b_q, tl.trans(b_k, 0, 2, 1), b_zero)  # [HP, BM, BN]
+    b_s = product(b_q, tl.trans(as_type(b_k, b_q.dtype), 0, 2, 1), b_zero)  # [HP, BM, BN]
+    if b_k_scale is not None:
+        b_s *= b_k_scale[:, None, :]
     b_s = tl.where(b_there[:, None, :], b_s, float("-inf"))
     b_new = tl.maximum(b_shift, shift_of(tl.max(b_s, 2), scale_log2))
     b_decay = tl.exp2(b_shift - b_new)
     b_acc = b_acc * b_decay[:, :, None]
     b_p = tl.exp2(b_s * scale_of(b_new, scale_log2)[:, :, None] - b_new[:, :, None])
     b_sum = b_sum * b_decay + tl.sum(b_p, 2)
+    if b_v_scale is not None:
+        b_p, b_v = weighed(b_p, b_v_scale, b_v, b_q)
     b_acc = product(b_p.to(b_v.dtype), b_v, b_acc)
     return b_acc, b_sum, b_new
 
@@ -48,12 +55,31 @@ def load_slots(p_slots, i_s, S, b_head, HP: tl.constexpr):
 
 
 @triton.jit
+def page_rows(pages, page_scales, page0, slot, o_r, b_there, b_d, PS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """Rows `o_r` of HP heads' pages: K and V [HP, BN, BD], and their scales [HP, BN] where they are eight bits."""
+    p_row = pages + page_offset(page0, slot, PS, D)[:, None, None] + (o_r * D)[None, :, None]
+    p_row += tl.arange(0, BD)[None, None, :]
+    b_load = b_there[:, :, None] & b_d
+    b_k = tl.load(p_row, mask=b_load, other=0.0)
+    b_v = tl.load(p_row + PS * D, mask=b_load, other=0.0)
+    b_k_scale, b_v_scale = None, None
+    if page_scales is not None:
+        p_scale = page_scales + page_offset(page0, slot, PS, 1)[:, None] + o_r[None, :]
+        b_k_scale = tl.load(p_scale, mask=b_there, other=0.0)
+        b_v_scale = tl.load(p_scale + PS, mask=b_there, other=0.0)
+    return b_k, b_v, b_k_scale, b_v_scale
+
+
+@triton.jit
 def store_heads(
-    b_k, b_v, n, pages, b_page0, p_slots, b_head, S,
+    b_k, b_v, n, pages, page_scales, b_page0, p_slots, b_head, S,
     D: tl.constexpr, PS: tl.constexpr, HP: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Store HP heads' rows [HP, BN, BD] where their slots say, and zeros after them; see `common.store_page`."""
     o_n, o_r, o_d = tl.arange(0, BN), tl.arange(0, PS), tl.arange(0, BD)
+    if page_scales is not None:
+        b_k, b_k_scale = eight_bit(b_k)
+        b_v, b_v_scale = eight_bit(b_v)
     b_zero = tl.zeros([HP, PS, BD], b_k.dtype)
     b_first = tl.full([HP], 0, tl.int32) + n  # the row of k that starts the page; below 0: rows to keep
     for i_s in range(0, S):
@@ -73,12 +99,19 @@ def store_heads(
         b_mask = b_rest[:, :, None] & (o_d < D)[None, None, :]
         tl.store(p_rest, b_zero, mask=b_mask)
         tl.store(p_rest + PS * D, b_zero, mask=b_mask)
+        if page_scales is not None:
+            p_page = page_scales + page_offset(b_page0, slot, PS, 1)
+            p_to, p_rest = p_page[:, None] + o_to, p_page[:, None] + o_r[None, :]
+            tl.store(p_to, b_k_scale, mask=b_to)
+            tl.store(p_to + PS, b_v_scale, mask=b_to)
+            tl.store(p_rest, tl.zeros([HP, PS], tl.float32), mask=b_rest)
+            tl.store(p_rest + PS, tl.zeros([HP, PS], tl.float32), mask=b_rest)
         b_first += rows
 
 
 @triton.jit(do_not_specialize=["stride_rb", "stride_rh", "stride_wb", "stride_wh", "n", "S", "S_w", "kv_heads"])
 def attn_packed_kernel(
-    q, k, v, pages, arena, read_slots, write_slots, out, lse,
+    q, k, v, pages, page_scales, arena, read_slots, write_slots, out, lse,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_rb, stride_rh, stride_wb, stride_wh,
     n, S, S_w, kv_heads, scale_log2,
@@ -111,24 +144,23 @@ def attn_packed_kernel(
     b_v = tl.load(p_v, mask=b_load, other=0.0)
 
     p_write = write_slots + i_b * stride_wb + o_h * stride_wh
-    store_heads(b_k, b_v, n, pages, page0, p_write, b_head, S_w, D, PS, HP, BN, BD)
+    store_heads(b_k, b_v, n, pages, page_scales, page0, p_write, b_head, S_w, D, PS, HP, BN, BD)
 
     b_acc = tl.zeros([HP, BM, BD], tl.float32)
     b_sum = tl.zeros([HP, BM], tl.float32)
     b_shift = tl.full([HP, BM], NO_SHIFT, tl.float32)
-    b_acc, b_sum, b_shift = attend_heads(b_q, b_k, b_v, b_there, b_acc, b_sum, b_shift, scale_log2)
+    b_acc, b_sum, b_shift = attend_heads(b_q, b_k, b_v, None, None, b_there, b_acc, b_sum, b_shift, scale_log2)
     for i_s in range(0, S):
-        rows = slot & SLOT_MASK
-        p_page = pages + page_offset(page0, slot, PS, D)
+        page, rows = slot, slot & SLOT_MASK
         slot = load_slots(p_read, i_s + 1, S, b_head, HP)  # asked for one page ahead
         for i_0 in range(0, tl.max(rows), BN):
-            o_r = i_0 + o_n
-            b_there = o_r[None, :] < rows[:, None]
-            b_load = b_there[:, :, None] & b_d
-            p_row = p_page[:, None, None] + (o_r * D)[None, :, None] + o_d[None, None, :]
-            b_hk = tl.load(p_row, mask=b_load, other=0.0)
-            b_hv = tl.load(p_row + PS * D, mask=b_load, other=0.0)
-            b_acc, b_sum, b_shift = attend_heads(b_q, b_hk, b_hv, b_there, b_acc, b_sum, b_shift, scale_log2)
+            b_there = i_0 + o_n[None, :] < rows[:, None]
+            b_hk, b_hv, b_k_scale, b_v_scale = page_rows(
+                pages, page_scales, page0, page, i_0 + o_n, b_there, b_d, PS, D, BD
+            )
+            b_acc, b_sum, b_shift = attend_heads(
+                b_q, b_hk, b_hv, b_k_scale, b_v_scale, b_there, b_acc, b_sum, b_shift, scale_log2
+            )
 
     b_acc, b_lse = finished(b_acc, b_sum, b_shift, scale_log2)
     heads = kv_heads * G

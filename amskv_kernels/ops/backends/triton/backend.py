@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from amskv_kernels.ops.checks import DTYPES, PlannedAttn
+from amskv_kernels.ops.checks import DTYPES, PAGE_DTYPES, PlannedAttn
 
 __all__ = [
     "DTYPES",
@@ -22,8 +22,6 @@ __all__ = [
     "unavailable",
     "window_scores",
 ]
-
-PAGE_DTYPES = DTYPES
 
 
 def unavailable(device: torch.device, forced: bool) -> str | None:
@@ -52,12 +50,12 @@ def unavailable(device: torch.device, forced: bool) -> str | None:
 
 def attn(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
-    read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
+    read_slots: Tensor, write_slots: Tensor, softmax_scale: float, page_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `amskv_kernels.ops.attn`."""
     from amskv_kernels.ops.backends.triton.attn import attn
 
-    return attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
+    return attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales)
 
 
 def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
@@ -67,11 +65,13 @@ def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float]
     return prepared_attn(call)
 
 
-def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:
+def append(
+    k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor, page_scales: Tensor | None = None
+) -> None:  # fmt: skip
     """See `amskv_kernels.ops.append`."""
     from amskv_kernels.ops.backends.triton.append import append
 
-    append(k, v, pages, arena, write_slots)
+    append(k, v, pages, arena, write_slots, page_scales)
 
 
 def prepare_qk(
@@ -84,18 +84,20 @@ def prepare_qk(
 
 
 def window_scores(
-    q_window: Tensor, k: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, softmax_scale: float, mode: str
+    q_window: Tensor, k: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, softmax_scale: float, mode: str,
+    page_scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `amskv_kernels.ops.window_scores`."""
     from amskv_kernels.ops.backends.triton.window_scores import window_scores
 
-    return window_scores(q_window, k, pages, arena, read_slots, softmax_scale, mode)
+    return window_scores(q_window, k, pages, arena, read_slots, softmax_scale, mode, page_scales)
 
 
 def compact(
-    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor
+    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor,
+    page_scales: Tensor | None = None,
 ) -> None:  # fmt: skip
     """See `amskv_kernels.ops.compact`."""
     from amskv_kernels.ops.backends.triton.compact import compact
 
-    compact(pages, arena, src_slots, k, v, keep, dst_slots)
+    compact(pages, arena, src_slots, k, v, keep, dst_slots, page_scales)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from amskv_kernels.ops.quantise import LEAST_ROW, LEVELS
 from amskv_kernels.planning.layout import ROWS_BITS, ROWS_MASK
 
 SLOT_BITS = tl.constexpr(ROWS_BITS)
@@ -34,6 +35,9 @@ MAX_SHIFT = tl.constexpr(2.0**28)
 # The scale of rows beyond: a power of two, so that shifts are exact, and above every other scale. Scores of that size
 # are at least 16 powers of two apart, and at this scale only the largest keep a weight.
 COARSE = tl.constexpr(2.0**10)
+EIGHT_BIT_LEVELS = tl.constexpr(float(LEVELS))
+LEAST_EIGHT_BIT_ROW = tl.constexpr(LEAST_ROW)
+TO_NEAREST = tl.constexpr(1.5 * 2.0**23)  # added and taken away again, it leaves a whole number, half to even
 NO_SHIFT = tl.constexpr(-3.4028234663852886e38)  # of a row without keys: finite, so that −∞ minus it is −∞
 
 
@@ -75,6 +79,43 @@ def page_offset(page0, slot, PS: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def as_type(b_x, dtype: tl.constexpr):
+    """Rows as q's or the weights' type: exact for bytes, nothing to do for others."""
+    if WIDEN and b_x.dtype == tl.int8:
+        b_x = b_x.to(tl.float32)  # the interpreter would take an integer for the bits of a bfloat16
+    return b_x.to(dtype)
+
+
+@triton.jit
+def weighed(b_p, b_scale, b_v, b_q):
+    """Weights [..., BM, BN] and eight-bit values [..., BN, BD] with these scales [..., BN], ready to be multiplied.
+
+    Where q is bf16 or fp32 a weight holds any scale, so the bytes become numbers of that type, exactly, and no more. In
+    fp16 a weight times a scale may leave the range, so each value takes its scale before it is rounded: a
+    multiplication more, and the error of an fp16 value.
+    """
+    if b_q.dtype == tl.float16:
+        b_step = tl.expand_dims(b_scale, len(b_scale.shape))
+        return b_p.to(tl.float16), (as_type(b_v, tl.float32) * b_step).to(tl.float16)
+    else:
+        return (b_p * tl.expand_dims(b_scale, len(b_scale.shape) - 1)).to(b_q.dtype), as_type(b_v, b_q.dtype)
+
+
+@triton.jit
+def eight_bit(b_x):
+    """Rows [..., BD] as bytes and scales, exactly as `ops.quantise` rounds them."""
+    b_x = b_x.to(tl.float32)
+    b_most = tl.max(tl.where(tl.abs(b_x) < float("inf"), tl.abs(b_x), float("inf")), len(b_x.shape) - 1)  # NaN too: inf
+    b_finite = b_most < float("inf")
+    b_scale = tl.where(b_most < LEAST_EIGHT_BIT_ROW, 0.0, tl.div_rn(b_most, EIGHT_BIT_LEVELS))
+    b_holds = b_finite & (b_scale > 0.0)
+    b_step = tl.expand_dims(tl.where(b_holds, b_scale, 1.0), len(b_x.shape) - 1)
+    b_x = (tl.div_rn(b_x, tl.broadcast_to(b_step, b_x.shape)) + TO_NEAREST) - TO_NEAREST
+    b_x = tl.where(tl.expand_dims(b_holds, len(b_x.shape) - 1), b_x, 0.0)
+    return b_x.to(tl.int8), tl.where(b_finite, b_scale, float("nan"))
+
+
+@triton.jit
 def stored_rows(p_slots, S, i_s):
     """Rows that the slots before `i_s` name, and that all of them name."""
     before = 0
@@ -89,7 +130,7 @@ def stored_rows(p_slots, S, i_s):
 
 @triton.jit
 def store_page(
-    p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_slots, S, i_s,
+    p_k, p_v, stride_kn, stride_vn, n, pages, page_scales, page0, p_slots, S, i_s,
     D: tl.constexpr, BD: tl.constexpr, PS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Store one head's rows of k, v that belong into page `i_s` of its slots, and zeros after them.
@@ -107,10 +148,17 @@ def store_page(
             o_r = i_0 + tl.arange(0, ROWS)
             o_n = before - (total - n) + o_r  # the row of k that goes to row o_r; below 0: kept
             b_load = ((o_n >= 0) & (o_r < rows))[:, None] & (o_d < D)[None, :]
-            b_store = ((o_n >= 0) | (o_r >= rows))[:, None] & (o_d < D)[None, :]
+            b_to = (o_n >= 0) | (o_r >= rows)
+            b_store = b_to[:, None] & (o_d < D)[None, :]
             o_n = o_n.to(tl.int64)[:, None]
             b_k = tl.load(p_k + o_n * stride_kn + o_d[None, :], mask=b_load, other=0.0)  # [ROWS, BD]
             b_v = tl.load(p_v + o_n * stride_vn + o_d[None, :], mask=b_load, other=0.0)
+            if page_scales is not None:
+                b_k, b_k_scale = eight_bit(b_k)
+                b_v, b_v_scale = eight_bit(b_v)
+                p_scale = page_scales + page_offset(page0, slot, PS, 1) + o_r
+                tl.store(p_scale, b_k_scale, mask=b_to)
+                tl.store(p_scale + PS, b_v_scale, mask=b_to)
             p_row = p_page + o_r[:, None] * D + o_d[None, :]
             tl.store(p_row, b_k, mask=b_store)
             tl.store(p_row + PS * D, b_v, mask=b_store)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from amskv_kernels.ops.backends.triton.common import (
     SLOT_MASK,
+    eight_bit,
     on_device,
     padded,
     page_offset,
@@ -18,13 +19,12 @@ from amskv_kernels.ops.backends.triton.common import (
 # Rows a program holds at once. Every row comes from two masked loads, one of which moves nothing.
 ROWS = 16
 REGISTERS = 64  # more than it takes; without a bound the assembler of Triton 3.6 aims at 40, and spills
+EIGHT_BIT_REGISTERS = 128  # with rows to be rounded, likewise
 
 
-@triton.jit(
-    do_not_specialize=["stride_sb", "stride_sh", "stride_db", "stride_dh", "S", "S_d", "M", "kv_heads"]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["stride_sb", "stride_sh", "stride_db", "stride_dh", "S", "S_d", "M", "kv_heads"])
 def compact_kernel(
-    pages, arena, src_slots, k, v, keep, dst_slots,
+    pages, page_scales, arena, src_slots, k, v, keep, dst_slots,
     stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, stride_sb, stride_sh, stride_db, stride_dh,
     S, S_d, M, kv_heads,
     D: tl.constexpr, BD: tl.constexpr, PS: tl.constexpr, ROWS: tl.constexpr,
@@ -54,18 +54,29 @@ def compact_kernel(
             slot = tl.load(p_src + o_key // PS, mask=b_old, other=0)
             p_old = pages + (page_offset(page0, slot, PS, D) + o_key % PS * D)[:, None] + o_d[None, :]
             o_new = (o_key - S * PS).to(tl.int64)[:, None]
-            b_old, b_new = b_old[:, None] & b_d, b_new[:, None] & b_d
-            b_k = tl.load(p_old, mask=b_old, other=0.0)  # [ROWS, BD]
-            b_v = tl.load(p_old + PS * D, mask=b_old, other=0.0)
-            b_k = tl.where(b_new, tl.load(p_k + o_new * stride_kn + o_d[None, :], mask=b_new, other=0.0), b_k)
-            b_v = tl.where(b_new, tl.load(p_v + o_new * stride_vn + o_d[None, :], mask=b_new, other=0.0), b_v)
+            b_in = b_new[:, None] & b_d
+            b_k = tl.load(p_k + o_new * stride_kn + o_d[None, :], mask=b_in, other=0.0)  # [ROWS, BD]
+            b_v = tl.load(p_v + o_new * stride_vn + o_d[None, :], mask=b_in, other=0.0)
+            if page_scales is not None:
+                b_k, b_k_scale = eight_bit(b_k)
+                b_v, b_v_scale = eight_bit(b_v)
+                p_scale = page_scales + page_offset(page0, slot, PS, 1) + o_key % PS
+                b_k_scale = tl.where(b_new, b_k_scale, tl.load(p_scale, mask=b_old, other=0.0))
+                b_v_scale = tl.where(b_new, b_v_scale, tl.load(p_scale + PS, mask=b_old, other=0.0))
+                p_scale = page_scales + page_offset(page0, to, PS, 1) + o_r
+                tl.store(p_scale, b_k_scale)
+                tl.store(p_scale + PS, b_v_scale)
+            b_in = b_old[:, None] & b_d
+            b_k = tl.where(b_new[:, None], b_k, tl.load(p_old, mask=b_in, other=0.0))
+            b_v = tl.where(b_new[:, None], b_v, tl.load(p_old + PS * D, mask=b_in, other=0.0))
             p_to = pages + page_offset(page0, to, PS, D) + (o_r * D)[:, None] + o_d[None, :]
             tl.store(p_to, b_k, mask=b_d)  # rows past the last: zeros
             tl.store(p_to + PS * D, b_v, mask=b_d)
 
 
 def compact(
-    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor
+    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor,
+    page_scales: Tensor | None = None,
 ) -> None:  # fmt: skip
     """See `amskv_kernels.ops.compact`."""
     batch, _, kv_heads, head_dim = k.shape
@@ -75,7 +86,8 @@ def compact(
         return
     with on_device(k):
         compact_kernel[programs,](
-            pages, arena, src_slots, k, v, keep, dst_slots, *k.stride()[:3], *v.stride()[:3],
+            pages, page_scales, arena, src_slots, k, v, keep, dst_slots, *k.stride()[:3], *v.stride()[:3],
             *table_strides(src_slots), *table_strides(dst_slots), src_slots.shape[2], entries, keep.shape[2], kv_heads,
-            D=head_dim, BD=padded(head_dim), PS=page_size, ROWS=ROWS, maxnreg=REGISTERS,
+            D=head_dim, BD=padded(head_dim), PS=page_size, ROWS=ROWS,
+            maxnreg=REGISTERS if page_scales is None else EIGHT_BIT_REGISTERS,
         )  # fmt: skip

@@ -11,6 +11,9 @@ named, there is none yet. Programs per multiprocessor follow from 64k registers 
 Before Triton 3.9 the same tiles come out in more registers, and an assembler without a bound stops at 128 or 168 and
 spills the rest: there a tile without a bound gets one that it does not need, and where 3.9's bound would spill the
 line has a second tile. Both are compiled by `make kernel-report`.
+
+Pages of eight bits hold each tile twice, as bytes and converted, and give the history a loop of its own: they take the
+line's tile with all the registers that a thread can have, and another where that still spills.
 """
 
 from __future__ import annotations
@@ -61,7 +64,7 @@ class Tile(NamedTuple):
 class Line(NamedTuple):
     """The tile of calls with at most `rows` query rows of a KV head and at most `entries` of its slot table.
 
-    `old` is the tile for Triton before 3.9, where that needs another.
+    `old` is the tile for Triton before 3.9 and `eight_bit` that of int8 pages, where these need another.
     """
 
     rows: int
@@ -69,10 +72,12 @@ class Line(NamedTuple):
     reason: str
     entries: int = 1 << 30
     old: Tile | None = None
+    eight_bit: Tile | None = None
 
-    @property
-    def chosen(self) -> Tile:
-        """The tile for the Triton at hand."""
+    def chosen(self, eight_bit: bool) -> Tile:
+        """The tile for the Triton at hand and for pages of this kind."""
+        if eight_bit:
+            return (self.eight_bit or self.tile)._replace(registers=LARGE_BOUND)
         return self.old if OLD_TRITON and self.old is not None else self.tile
 
 
@@ -101,7 +106,9 @@ LINES: dict[tuple[int, int], tuple[Line, ...]] = {
         Line(128, Tile(64, 32, 4, 3, False), "not yet measured: 128 registers, 4 programs; BLOCK_N 64 takes 183"),
         Line(
             ANY, Tile(64, 64, 4, 3, registers=248),
-            "not yet measured: 195 … 202 registers, 2 programs; unbounded, the assembler aims at 168 and spills",
+            "not yet measured: 195 … 202 registers, 2 programs; unbounded, the assembler aims at 168 and spills; int8 "
+            "spills at BLOCK_N 64",
+            eight_bit=Tile(64, 32, 4, 3),
         ),
     ),
     (80, 128): (
@@ -114,8 +121,9 @@ LINES: dict[tuple[int, int], tuple[Line, ...]] = {
         ),
         Line(
             ANY, Tile(128, 64, 8, 3),
-            "not yet measured: 98 KB fit all; 64 rows in 4 warps take 255 registers; Triton 3.6 spills at BLOCK_N 64",
-            old=Tile(128, 32, 8, 3),
+            "not yet measured: 98 KB fit all; 64 rows in 4 warps take 255 registers; Triton 3.6 spills at BLOCK_N 64, "
+            "int8 of fp16 also with a loop for full tiles, and 64 rows would convert every tile twice as often",
+            old=Tile(128, 32, 8, 3), eight_bit=Tile(128, 32, 8, 3, False),
         ),
     ),
     (90, 64): (
@@ -164,6 +172,9 @@ for _head_dim in (64, 128):
         else line._replace(
             tile=line.tile._replace(registers=SMALL_BOUND if _head_dim == 128 and line.rows <= 16 else None),
             old=line.old and line.old._replace(registers=None, full_first=False),
+            eight_bit=(line.eight_bit or line.tile)._replace(
+                full_first=False, warps=8 if _head_dim == 128 and line.rows > 16 else 4
+            ),
         )
         for line in LINES[80, _head_dim]
     )
@@ -183,11 +194,23 @@ def lines(arch: int, head_dim: int) -> tuple[Line, ...]:
     return LINES[family, 64 if head_dim <= 64 else 128]
 
 
-def attn_tile(arch: int, head_dim: int, element_size: int, rows: int, entries: int) -> Tile:
-    """The tile of a call: the first line that takes it."""
+def attn_tile(
+    arch: int, head_dim: int, element_size: int, rows: int, entries: int, eight_bit: bool = False
+) -> Tile:  # fmt: skip
+    """The tile of a call: the first line that takes it.
+
+    Args:
+        arch: compute capability, as 90.
+        head_dim: D.
+        element_size: bytes of an element of q.
+        rows: n · G.
+        entries: S.
+        eight_bit: whether pages are int8.
+    """
     if element_size > 2:
         return FP32
-    return next(line.chosen for line in lines(arch, head_dim) if rows <= line.rows and entries <= line.entries)
+    found = next(line for line in lines(arch, head_dim) if rows <= line.rows and entries <= line.entries)
+    return found.chosen(eight_bit)
 
 
 def split_count(programs: int, tiles: int, processors: int) -> int:

@@ -14,18 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from amskv_kernels.ops.backends.triton.attn import key_rows, tile_slots
-from amskv_kernels.ops.backends.triton.common import LN2, on_device, padded, product, table_strides
+from amskv_kernels.ops.backends.triton.attend import key_rows, page_rows, tile_slots
+from amskv_kernels.ops.backends.triton.common import LN2, as_type, on_device, padded, product, table_strides
 
 BLOCK_N = 64  # keys of a program: 8 … 16 KB in flight. Not yet measured.
 MAX_M = 128  # query rows of a program
+EIGHT_BIT_REGISTERS = 128  # more than it takes; without a bound the assembler aims at 56 or 72, and spills
 MERGE = 32  # tiles whose sums are merged at once
 NO_SPECIAL = ["stride_rb", "stride_rh", "n", "S", "W", "kv_heads", "tiles"]
 
 
 @triton.jit
 def tile_logits(
-    q, k, pages, arena, read_slots, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
+    q, k, pages, page_scales, arena, read_slots, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_rb, stride_rh, n, S, W, kv_heads, scale_log2, i_t, i_bh,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -42,16 +43,25 @@ def tile_logits(
     i_own = tl.where(history, i_t, i_t - tiles_h)
     slot = tile_slots(i_own, history, read_slots + i_b * stride_rb + i_h * stride_rh, S, PS, BN)
     page0 = tl.load(arena + i_bh)
-    b_pk, _, b_there = key_rows(i_own, history, slot, p_k, p_k, stride_kn, stride_kn, n, pages, page0, D, PS, BN)
+    pool = pages if page_scales is None else p_k  # eight bits are another type: they are loaded below, in their place
+    b_pk, _, b_there = key_rows(i_own, history, slot, p_k, p_k, stride_kn, stride_kn, n, pool, page0, D, PS, BN)
     b_load = b_there[:, None] & (o_d < D)[None, :]
-    b_k = tl.load(b_pk[:, None] + o_d[None, :], mask=b_load, other=0.0)  # [BN, BD]
-    b_s = product(b_q, tl.trans(b_k), tl.zeros([BM, BN], tl.float32)) * scale_log2
+    if page_scales is None:
+        b_k = tl.load(b_pk[:, None] + o_d[None, :], mask=b_load, other=0.0)  # [BN, BD]
+        b_s = product(b_q, tl.trans(b_k), tl.zeros([BM, BN], tl.float32)) * scale_log2
+    else:
+        p_old, p_scale, b_old = page_rows(i_own, slot, pages, page_scales, page0, D, PS, BN)  # none there past history
+        b_k = tl.load(b_pk[:, None] + o_d[None, :], mask=b_load & (b_old == 0)[:, None], other=0.0)
+        b_8 = tl.load(p_old[:, None] + o_d[None, :], mask=b_load & b_old[:, None], other=0.0)
+        b_k = tl.where(b_old[:, None], as_type(b_8, b_k.dtype), b_k)
+        b_scale = tl.load(p_scale, mask=b_old, other=1.0)
+        b_s = product(b_q, tl.trans(b_k), tl.zeros([BM, BN], tl.float32)) * (b_scale * scale_log2)[None, :]
     return tl.where(b_there[None, :], b_s, float("-inf")), b_there
 
 
 @triton.jit(do_not_specialize=NO_SPECIAL)
 def window_sums_kernel(
-    q, k, pages, arena, read_slots, sums,
+    q, k, pages, page_scales, arena, read_slots, sums,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_rb, stride_rh,
     n, S, W, kv_heads, tiles, scale_log2,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -59,7 +69,7 @@ def window_sums_kernel(
     """Grid (tiles · KV heads · B,); sums (KV heads · B, tiles, BM): log2 of the sum of 2^logit over the tile."""
     i_t, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b_s, _ = tile_logits(
-        q, k, pages, arena, read_slots, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
+        q, k, pages, page_scales, arena, read_slots, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
         stride_rb, stride_rh, n, S, W, kv_heads, scale_log2, i_t, i_bh, G, D, BD, PS, BM, BN,
     )  # fmt: skip
     b_max = tl.max(b_s, 1)
@@ -71,7 +81,7 @@ def window_sums_kernel(
 
 @triton.jit(do_not_specialize=NO_SPECIAL)
 def window_scores_kernel(
-    q, k, pages, arena, read_slots, sums, scores,
+    q, k, pages, page_scales, arena, read_slots, sums, scores,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_rb, stride_rh,
     n, S, W, kv_heads, tiles, scale_log2,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -80,7 +90,7 @@ def window_scores_kernel(
     """Grid (tiles · KV heads · B,)."""
     i_t, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b_s, b_there = tile_logits(
-        q, k, pages, arena, read_slots, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
+        q, k, pages, page_scales, arena, read_slots, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
         stride_rb, stride_rh, n, S, W, kv_heads, scale_log2, i_t, i_bh, G, D, BD, PS, BM, BN,
     )  # fmt: skip
     o_m, o_n = tl.arange(0, BM), tl.arange(0, BN)
@@ -110,7 +120,8 @@ def window_scores_kernel(
 
 
 def window_scores(
-    q_window: Tensor, k: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, softmax_scale: float, mode: str
+    q_window: Tensor, k: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, softmax_scale: float, mode: str,
+    page_scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `amskv_kernels.ops.window_scores`."""
     (batch, window, heads, head_dim), (n, kv_heads) = q_window.shape, k.shape[1:3]
@@ -122,17 +133,19 @@ def window_scores(
     if window * group > MAX_M and window > 1:  # queries do not meet: their scores add up
         parts = q_window.split(max(1, MAX_M // group), dim=1)
         return sum(
-            (window_scores(part, k, pages, arena, read_slots, softmax_scale, mode) for part in parts), scores.zero_()
+            (window_scores(part, k, pages, arena, read_slots, softmax_scale, mode, page_scales) for part in parts),
+            scores.zero_(),
         )
     block_m = max(16, triton.next_power_of_2(window * group))
     tiles = triton.cdiv(entries * page_size, BLOCK_N) + triton.cdiv(n, BLOCK_N)
     grid = (tiles * kv_heads * batch,)
-    tensors = (q_window, k, pages, arena, read_slots)
+    tensors = (q_window, k, pages, page_scales, arena, read_slots)
     scalars = (
         *q_window.stride()[:3], *k.stride()[:3], *table_strides(read_slots),
         n, entries, window, kv_heads, tiles, softmax_scale / math.log(2),
     )  # fmt: skip
     sizes = {"G": group, "D": head_dim, "BD": padded(head_dim), "PS": page_size, "BM": block_m, "BN": BLOCK_N}
+    sizes["maxnreg"] = None if page_scales is None else EIGHT_BIT_REGISTERS
     softmax = mode == "softmax"
     with on_device(k):
         sums = scores
