@@ -66,6 +66,11 @@ class Subject(ABC):
         return rows * 2 * self.row_bytes
 
     @property
+    def pages(self) -> str:
+        """What the pages are of: "int8", "float32"."""
+        return str(torch.int8 if self.eight_bit else self.dtype).removeprefix("torch.")
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of a row of K or of V in its page; one of eight bits has a scale in fp32."""
         row = row_size("head_dim", self.shape.head_dim)

@@ -59,7 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
     rows = list(compare(subject, policies, images, arguments.seed, distance))
     print(table(rows))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    result = {"model": shape.name, "images": images, "seed": arguments.seed, "rows": [_record(row) for row in rows]}
+    result = {
+        "model": shape.name, "images": images, "seed": arguments.seed, "pages": subject.pages,
+        "rows": [_record(row) for row in rows],
+    }  # fmt: skip
     write_json(arguments.out / "evaluation.json", result)
     print(f"\nfigures   {arguments.out / 'evaluation.json'}")
     if contact_sheet({row.name: row.drawn.images for row in rows}, arguments.out / "contact-sheet.png"):

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from amskv_kernels.cli.arguments import command, output_folder
 from amskv_kernels.cli.subjects import add_drawing, add_model, subject_of
-from amskv_kernels.planning.memory import MIB, STOCK_PAIR_BYTES
+from amskv_kernels.planning.memory import MIB
 
 if TYPE_CHECKING:
     from amskv_kernels.cli.drawing import Subject
 
-IMAGES = 8
+IMAGES, FP32_BYTES = 8, 4
 EPILOG = """\
 for example:
   amskv generate                                   the digits of this project, in a clone of it
@@ -59,15 +59,16 @@ def run(arguments: argparse.Namespace) -> int:
     plots.grid(pictures, arguments.out / "contact-sheet.png")
     shape = subject.shape
     token = 2 * images * shape.layers * shape.kv_heads * shape.head_dim
-    stock = token * shape.schedule.total * STOCK_PAIR_BYTES
+    stock = token * shape.schedule.total * (FP32_BYTES + subject.dtype.itemsize)  # K is fp32 there, V the model's
     result = {
         "model": shape.name, "policy": arguments.policy, "images": images, "seed": arguments.seed,
+        "pages": subject.pages,
         "seconds": round(drawn.seconds, 3), "pool_bytes": round(pool), "stock_bytes": stock,
     }  # fmt: skip
     write_json(arguments.out / "generation.json", result)
     height, width = drawn.images.shape[2:]
     print(f"drawn     {images} of {width}×{height} in {drawn.seconds:.2f} s, {drawn.seconds / images:.3f} s each")
-    print(f"cache     {pool / MIB:.2f} MiB under {arguments.policy}; stock code's {stock / MIB:.2f} MiB at 16 bit")
+    print(f"cache     {pool / MIB:.2f} MiB of {subject.pages} under {arguments.policy}; stock's {stock / MIB:.2f} MiB")
     print(f"pictures  {arguments.out / 'contact-sheet.png'}, 0000.png … beside it")
     return 0
 

@@ -46,8 +46,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_drawing(parser: argparse.ArgumentParser) -> None:
     """What is drawn, and how it is sampled: what `generate` and `evaluate` take beside the model."""
     parser.add_argument(
-        "--family", choices=("var", "infinity"), default="var",
-        help="infinity: maps of a stack of random weights, which show nothing but cost what real ones cost",
+        "--family", choices=("var", "infinity"),
+        help="infinity: maps of a stack of random weights, which show nothing but cost what real ones cost (default: "
+        "var, with --stack infinity)",
     )  # fmt: skip
     add_sampling(parser)
     parser.add_argument("--labels", help="classes such as 3,207,207 (default: spread over all)")
@@ -81,7 +82,10 @@ def subject_of(arguments: argparse.Namespace) -> Subject:
 
 def _subject(arguments: argparse.Namespace) -> Subject:
     where = arguments.device or default_device()
-    if arguments.stack is not None or getattr(arguments, "family", "var") == "infinity":
+    family = getattr(arguments, "family", None)
+    if arguments.stack is not None and family == "var":
+        raise ValueError("--stack is of --family infinity; a VAR is a checkpoint's")
+    if arguments.stack is not None or family == "infinity":
         return _stack(arguments, where)
     from amskv_kernels.cli.drawing import Checkpoint
     from amskv_kernels.models import checkpoint
@@ -140,10 +144,11 @@ def _stack(arguments: argparse.Namespace, where: str) -> Subject:
     from amskv_kernels.models.infinity import InfinityConfig, InfinityStack
     from amskv_kernels.schedule import ScaleSchedule
 
-    files = [name for name in ("var", "vae", "checkpoint", "labels") if getattr(arguments, name, None) is not None]
-    if files:
+    foreign = ("var", "vae", "checkpoint", "model", "labels", "cfg", "top_k", "top_p")
+    given = [name.replace("_", "-") for name in foreign if getattr(arguments, name, None) is not None]
+    if given:
         raise ValueError(
-            f"--{files[0]} is of --family var; an Infinity stack has random weights and draws from prompts"
+            f"--{given[0]} is of a VAR; an Infinity stack has random weights, prompts, and nothing to sample"
         )
     sizes = arguments.stack or STACK
     if not re.fullmatch(r"[0-9]{1,4},[0-9]{1,5},[0-9]{1,4}", sizes):
@@ -161,19 +166,18 @@ def _features(path: str, width: int) -> Text:
     import torch
     from torch.nn import functional as F
 
-    from amskv_kernels.files import reason
+    from amskv_kernels.models import checkpoint
 
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for what is no such file
-        raise ValueError(f"--prompt-features {path} cannot be read: {reason(error)}") from error
+        found, _, _ = checkpoint.contents(Path(path))
+    except ValueError as error:
+        raise ValueError(f"--prompt-features {path} cannot be read: {error}") from error
     prompts = list(found) if isinstance(found, list | tuple) else [found]
     for prompt in prompts:
         if not isinstance(prompt, torch.Tensor) or prompt.dim() != 2 or not len(prompt) or prompt.shape[1] != width:
             shape = tuple(prompt.shape) if isinstance(prompt, torch.Tensor) else type(prompt).__name__
             raise ValueError(f"--prompt-features {path} has {shape}; each prompt must be (n, {width}), n > 0")
-    lengths = torch.tensor(
-        [len(prompt) for prompt in prompts for _ in range(2)]
-    )  # one sequence with guidance, one none
+    # One sequence with guidance, one without.
+    lengths = torch.tensor([len(prompt) for prompt in prompts for _ in range(2)])
     packed = torch.cat([half for prompt in prompts for half in (prompt.float(), torch.zeros_like(prompt).float())])
     return packed, F.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max())

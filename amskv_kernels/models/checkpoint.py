@@ -63,7 +63,7 @@ def load(
 
     Raises:
         ValueError: an unknown model or device, or a file that cannot be read, does not fit the sizes it says it has,
-            or is of another model than named; the message names the file.
+            is of another model than named, or has weights that are not finite; the message names the file.
     """
     named = None if model is None else VARConfig.named(model)
     check_device("device", device)
@@ -77,6 +77,9 @@ def load(
             module.load_state_dict(state)
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: {reason(error)}") from error
+        for name, weight in module.named_parameters():
+            if not all(map(math.isfinite, weight.detach().aminmax())):
+                raise ValueError(f"{path}: {name} has values that are not finite; nothing can be drawn with it")
         module.eval().requires_grad_(False).to(device)
     return transformer, autoencoder
 
@@ -127,13 +130,13 @@ def _read(path: Path, kind: type[Config], schedule: ScaleSchedule | None) -> tup
 def _state_of(path: Path, part: str) -> tuple[State, Sizes, ScaleSchedule | None]:
     """The state dict of one part of a model, and the sizes and schedule that the file says it has."""
     try:
-        raw, stated, schedule = _contents(path)
+        raw, stated, schedule = contents(path)
         return _state(raw, part), stated, schedule
     except MISTAKES as error:
         raise ValueError(f"{path} cannot be read: {reason(error)}") from error
 
 
-def _contents(path: Path) -> tuple[Any, Sizes, ScaleSchedule | None]:
+def contents(path: Path) -> tuple[Any, Sizes, ScaleSchedule | None]:
     """What a file holds, and the sizes and schedule that it says it has.
 
     Raises:

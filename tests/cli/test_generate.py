@@ -51,7 +51,7 @@ def test_a_checkpoint_draws_what_its_labels_say(files, two, tmp_path, capsys):
     found = json.loads((tmp_path / "a" / "generation.json").read_text(encoding="utf-8"))
     plan = CachePlan.build(SCHEDULE, parse_policy("full", SCHEDULE, 3), 3)
     assert found["pool_bytes"] == 3 * 2 * 2 * plan.allocated_tokens * 2 * 64 * 4  # images, sequences, heads, fp32 rows
-    assert found["stock_bytes"] == 3 * 2 * 3 * 2 * 64 * SCHEDULE.total * 6 and found["images"] == 3
+    assert found["stock_bytes"] == 3 * 2 * 3 * 2 * 64 * SCHEDULE.total * 8 and found["images"] == 3
 
 
 def test_pages_of_eight_bits_take_their_bytes(two, tmp_path):
@@ -132,7 +132,13 @@ def test_a_stack_takes_the_features_of_prompts(tmp_path, capsys):
         (["--labels", "1", "--images", "2"], "labels and prompts are one image each"),
         (["--schedule", "var-256"], "--schedule is of --stack"),
         (["--prompt-features", "p.pt"], "--prompt-features are of --family infinity"),
-        (["--family", "infinity", "--labels", "1"], "--labels is of --family var"),
+        (["--family", "infinity", "--labels", "1"], "--labels is of a VAR; an Infinity stack has random weights"),
+        (["--stack", "2,64,1", "--top-k", "5"], "--top-k is of a VAR"),
+        (["--family", "infinity", "--top-p", "0.5"], "--top-p is of a VAR"),
+        (["--family", "infinity", "--cfg", "3"], "--cfg is of a VAR"),
+        (["--family", "infinity", "--model", "var-d16"], "--model is of a VAR"),
+        (["--family", "var", "--stack", "2,64,1"], "--stack is of --family infinity"),
+        (["--family", "infinity", "--prompt-features", __file__], "it is not a PyTorch checkpoint of tensors alone"),
         (["--family", "infinity", "--stack", "2"], "--stack is '2'; it must be LAYERS,WIDTH,HEADS"),
         (["--family", "infinity", "--prompt-features", "none.pt"], "--prompt-features none.pt cannot be read"),
         (["--policy", "ams"], "policy 'ams' is not known"),

@@ -32,8 +32,8 @@ class Loop(nn.Module):
         super().__init__()
         setattr(self, self.name, nn.ModuleList(blocks))
         self.schedule = schedule
-        self.places = nn.Parameter(torch.randn(1, schedule.total + prefix, WIDTH))
-        self.head = nn.Linear(WIDTH, 3)
+        self.places = nn.Parameter(torch.randn(1, schedule.total + prefix, self.width))
+        self.head = nn.Linear(self.width, 3)
         with torch.no_grad():  # initial weights are too small for attention to show
             for parameter_name, parameter in self.named_parameters():
                 if parameter_name.endswith(("qkv.weight", "qkv_proj.weight", "proj.weight")):
@@ -43,7 +43,7 @@ class Loop(nn.Module):
                 if parameter_name.endswith(("q_bias", "v_bias")):
                     parameter.normal_()
 
-    name, attention = "blocks", "attn"
+    name, attention, width = "blocks", "attn", WIDTH
 
     def begin(self, enable):
         for block in getattr(self, self.name):
@@ -60,7 +60,7 @@ class Loop(nn.Module):
     @torch.no_grad()
     def draw(self):
         self.begin(True)
-        x, total = torch.linspace(-1, 1, 2)[:, None, None].expand(-1, -1, WIDTH), 0
+        x, total = torch.linspace(-1, 1, 2)[:, None, None].expand(-1, -1, self.width), 0
         for scale in range(len(self.schedule)):
             x = self.step(self.start(x, scale), scale)
             total = total + self.picture(x, scale)
@@ -216,11 +216,11 @@ class Infinity(Loop):
     def __init__(self, folder, prefix=0):
         code = self.code(folder)
         tables = public(folder, "infinity/models/basic.py", f"{type(self).__name__}_tables")
-        block = getattr(code, f"{self.kind}CrossAttnBlock")
+        block, width = getattr(code, f"{self.kind}CrossAttnBlock"), self.width
         super().__init__(
             [
                 block(
-                    embed_dim=WIDTH, kv_dim=WIDTH, cross_attn_layer_scale=-1, cond_dim=WIDTH, act=True, shared_aln=True,
+                    embed_dim=width, kv_dim=width, cross_attn_layer_scale=-1, cond_dim=width, act=True, shared_aln=True,
                     norm_layer=NORM, num_heads=HEADS, cos_attn=True, fused_norm_func=_modulated,
                     rope2d_normalized_by_hw=2,
                 )
@@ -230,10 +230,10 @@ class Infinity(Loop):
         )  # fmt: skip
         self.sizes = [(1, h, w) for h, w in self.schedule.sizes]
         self.grid = tables.precompute_rope2d_freqs_grid(
-            WIDTH // HEADS, {1.0: {"1M": {"scales": self.sizes}}}, rope2d_normalized_by_hw=2
+            self.width // HEADS, {1.0: {"1M": {"scales": self.sizes}}}, rope2d_normalized_by_hw=2
         )
-        self.text = torch.randn(8, WIDTH), torch.tensor([0, 5, 8], dtype=torch.int32), 5
-        self.cond = nn.Parameter(torch.randn(2, 1, 6, WIDTH))
+        self.text = torch.randn(8, self.width), torch.tensor([0, 5, 8], dtype=torch.int32), 5
+        self.cond = nn.Parameter(torch.randn(2, 1, 6, self.width))
 
     def code(self, folder):
         return public(folder, self.path, type(self).__name__)
@@ -247,6 +247,12 @@ class Infinity(Loop):
 
 def _modulated(C, eps, x, scale, shift):
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+class Layer32(Infinity):
+    """Heads of 104, which have no kernels, as Infinity's layer32 has them."""
+
+    width = 104 * HEADS
 
 
 class FastVAR(Infinity):
@@ -346,6 +352,7 @@ FAMILIES = {
     "HART (Llama)": (HART, around_of(ScaleSchedule([(p, p) for p in HART.sides[1:]]), prefix=1)),
     "Switti": (Switti, around_of(SQUARES)),
     "Infinity": (Infinity, around_of(MAPS)),
+    "Infinity, heads of 104": (Layer32, around_of(MAPS)),
     "FastVAR": (FastVAR, around_of(FastVAR.schedule_of)),
     "VAREdit": (VAREdit, around_of(MAPS, prefix=1, beside=(0,))),
     "InfinityStar": (
@@ -353,4 +360,8 @@ FAMILIES = {
         Around(InfinityStar.maps, prefix=1, rule=Visible(tuple(map(tuple, references(InfinityStar.maps))))),
     ),
 }
-CASES = {"InfinityStar": {"hide": narrow, "close": 0.03}}  # its attention rounds to bf16 in other places than ours
+CASES = {
+    "InfinityStar": {"hide": narrow, "close": 0.03},  # its attention rounds to bf16 in other places than ours
+    # It picks tokens by rank: weights changed by one part in 10⁷ swap two of them, and move its own images by 1.6e-4.
+    "FastVAR": {"close": 1e-3},
+}

@@ -151,6 +151,19 @@ def test_what_is_saved_but_no_state_dict_is_named(files, saved, message):
     refused(files / "x.pth", files / "vae.pth", message, files / "x.pth")
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", [0, 1])
+def test_weights_that_are_not_finite_are_named(files, which, value):
+    """Sampling would end in a probability of nan, on a GPU in an assertion that takes the process along."""
+    state, names = pair()[which].state_dict(), ("blocks.1.attn.proj.bias", "quantize.embedding.weight")
+    state[names[which]].view(-1)[3] = value
+    torch.save(state, files / "x.pth")
+    paths = [files / "var.pth", files / "vae.pth"]
+    torch.save(pair()[0].state_dict(), paths[0])
+    paths[which] = files / "x.pth"
+    refused(*paths, f"{names[which]} has values that are not finite", "x.pth")
+
+
 def test_files_given_in_the_others_place_are_named(files):
     torch.save(pair()[0].state_dict(), files / "var.pth")
     refused(files / "vae.pth", files / "vae.pth", "holds no VAR: 'word_embed.weight' is missing", "vae.pth")
