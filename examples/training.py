@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from amskv_kernels.files import replacing
 from amskv_kernels.models import VAR, VQVAE
+from amskv_kernels.models.vqvae import Double, Halve, ResBlock, SpatialAttention
 from amskv_kernels.schedule import ScaleSchedule
 
 SEED = 0
@@ -202,17 +203,49 @@ def _revive(vae: VQVAE, hits: Tensor, rests: list[Tensor], run: Run) -> int:
     return len(dead)
 
 
-@torch.no_grad()
-def keep_means(vae: VQVAE, offset: float = 2.0) -> None:
-    """Starting biases with which the group norms let an image's mean colour through.
+def _pass_on(conv: nn.Conv2d, weight: Tensor) -> None:
+    """Make a convolution the matrix (out, in) at each place, with no bias."""
+    conv.weight.zero_()
+    conv.weight[:, :, 1, 1] = weight
+    if conv.bias is not None:
+        conv.bias.zero_()
 
-    With two channels a group, a norm would take each channel's mean away: what an even surface is painted with. Where
-    the two are far apart, that distance is what it divides by, and the means remain.
+
+@torch.no_grad()
+def near_identity(vae: VQVAE, offset: float = 2.0) -> None:
+    """Starting weights with which a VQ-VAE draws its images small and large again, colours and all, untrained.
+
+    Residual blocks start as nothing, changes of resolution as averaging and repeating. A group norm takes away what an
+    even surface is painted with, its mean; before the last one two channels of each group get opposite constants, which
+    are what it divides by then, and the others pass. Needs three channels a group or more.
     """
-    for name, module in vae.named_modules():
-        if name.endswith(("coder.conv_in", "sample.conv")) and isinstance(module, nn.Conv2d):
-            assert module.bias is not None
-            module.bias[0::2], module.bias[1::2] = offset, -offset
+    for module in vae.modules():
+        if isinstance(module, ResBlock | SpatialAttention):
+            last = module.conv2 if isinstance(module, ResBlock) else module.proj_out
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        elif isinstance(module, Halve):
+            nn.init.zeros_(module.conv.weight)
+            module.conv.weight[:, :, :2, :2] = torch.eye(len(module.conv.weight))[:, :, None, None] / 4
+        elif isinstance(module, Double):
+            _pass_on(module.conv, torch.eye(len(module.conv.weight)))
+    for conv in (vae.quant_conv, vae.post_quant_conv, *vae.quantize.quant_resi.qresi_ls):
+        _pass_on(conv, torch.eye(len(conv.weight)))
+    vae.quantize.embedding.weight.mul_(0.1)
+    colours = vae.config.image_channels
+    for coder, block in ((vae.encoder, vae.encoder.mid.block_2), (vae.decoder, vae.decoder.up[0].block[-1])):
+        norm, members = coder.norm_out, coder.norm_out.num_channels // coder.norm_out.num_groups
+        carries = torch.arange(norm.num_channels) % members >= 2
+        block.conv2.bias[0::members], block.conv2.bias[1::members] = offset, -offset
+        norm.weight[~carries] = 0.0
+        norm.bias[carries] = 1.0  # where SiLU is all but straight
+        mixes = nn.init.orthogonal_(torch.empty(int(carries.sum()), colours))
+        weight = torch.zeros(coder.conv_in.weight.shape[:2])
+        weight[carries, :colours] = mixes
+        _pass_on(coder.conv_in, weight)
+        coder.conv_out.weight[:colours] = 0.0
+        coder.conv_out.weight[:colours, carries, 1, 1] = mixes.T * (offset * math.sqrt(2 / members))
+        coder.conv_out.bias[:colours] = -(coder.conv_out.weight[:colours, :, 1, 1] @ F.silu(norm.bias))
 
 
 def train_vqvae(

@@ -15,7 +15,7 @@ from examples.avatars.attributes import ASKED, NUM_CLASSES, asked_of
 WEIGHTS = Path(__file__).parent / "weights"
 SCHEDULE = ScaleSchedule.named("var-256")
 VQVAE_SIZES: dict[str, Any] = {
-    "ch": 64, "ch_mult": [1, 1, 1], "num_res_blocks": 1, "z_channels": 16, "vocab_size": 256
+    "ch": 96, "ch_mult": [1, 1, 1], "num_res_blocks": 1, "z_channels": 16, "vocab_size": 256
 }  # fmt: skip
 VAR_SIZES: dict[str, Any] = {
     "depth": 12, "embed_dim": 128, "num_heads": 2, "vocab_size": 256, "z_channels": 16, "num_classes": NUM_CLASSES,

@@ -26,10 +26,10 @@ from amskv_kernels.models import VAR, VQVAE, checkpoint
 from examples.avatars.attributes import ASKED, class_of
 from examples.avatars.data import Avatars, avatars
 from examples.avatars.model import SCHEDULE, VAR_SIZES, VQVAE_SIZES, WEIGHTS, SummedEmbedding, build
-from examples.training import SEED, Plan, Run, Stream, initialise, keep_means, shuffled, train_var, train_vqvae
+from examples.training import SEED, Plan, Run, Stream, initialise, near_identity, shuffled, train_var, train_vqvae
 
 PLAN = Plan(
-    vae_steps=4000, vae_batch=4, vae_lr=1.5e-3, vae_sharp=0.2, var_steps=4000,
+    vae_steps=4000, vae_batch=4, vae_lr=4e-4, vae_sharp=0.2, var_steps=4000,
     var_turns=((6, 24), (8, 10), (10, 4)), var_lr=2e-3, warmup=50, ema=0.99, log_every=10, save_every=50,
 )  # fmt: skip
 QUICK = replace(
@@ -66,7 +66,7 @@ def learn(plan: Plan, images: int, args: argparse.Namespace) -> dict[str, object
     out, device = args.out, args.device
     var, vae = build()
     initialise(var)
-    keep_means(vae)
+    near_identity(vae)
     var, vae = summed(var).to(device), vae.to(device)
     data = avatars("generator", images, out / "checkpoints", args.threads)
     labels = class_of(data.values[:, : len(ASKED)]).to(device)
