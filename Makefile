@@ -23,10 +23,10 @@ $(VENV)/ready: requirements.txt pyproject.toml setup.py
 	@touch $@
 
 demo: $(VENV)/ready  ## digits from one seed under every policy: table and pictures (3 minutes)
-	$(BIN)/python -m examples.digits.demo
+	$(BIN)/python -m examples.demo digits --images 100
 
-shootout: $(VENV)/ready  ## every cache policy at equal bytes, 100 digits each: table and plot (10 minutes; goes on where it was cut off)
-	$(BIN)/python -m examples.digits.shootout --out $(OUT)
+shootout: $(VENV)/ready  ## every cache policy at equal bytes, 100 digits each: table and plots (10 minutes; goes on where it was cut off)
+	$(BIN)/python -m examples.shootout digits --out $(OUT)/digits
 
 test: lint  ## everything that needs no GPU
 	$(BIN)/python -m pytest

@@ -34,6 +34,7 @@ class Plan:
     vae_steps: int = 1500
     vae_batch: int = 32
     vae_lr: float = 2e-3
+    code_pace: float = 1.0  # the codebook's learning rate over the others'
     vae_sharp: float = 0.0  # weight of the absolute error beside the squared one: edges
     var_steps: int = 5000
     # Steps take turns at (scales, images): fewer scales cost little, decide the shape and leave room for more images.
@@ -98,6 +99,7 @@ class Run:
     def __init__(self, name: str, model: nn.Module, groups: list[dict[str, Any]], plan: Plan, out: Path) -> None:
         self.name, self.model, self.plan = name, model, plan
         self.average = Average(model, plan.ema)
+        groups = [{"pace": 1.0, **group} for group in groups]  # its learning rate over the plan's
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
         self.file = out / "checkpoints" / f"{name}.pt"
         self.step, self.seconds, self.log = 0, 0.0, list[dict[str, float]]()
@@ -138,7 +140,7 @@ class Run:
                 self.done = done
                 began = time.perf_counter()
                 for group in self.optimizer.param_groups:
-                    group["lr"] = learning_rate(self.step, done, peak, self.plan.warmup)
+                    group["lr"] = learning_rate(self.step, done, peak, self.plan.warmup) * group["pace"]
                 self.optimizer.zero_grad(set_to_none=True)
                 yield self.step
                 self.average.update(self.model, self.step)
@@ -252,7 +254,10 @@ def train_vqvae(
     vae: VQVAE, plan: Plan, out: Path, device: str, images: Streams, seconds: float = math.inf, bf16: bool = False
 ) -> Run:  # fmt: skip
     """Learn to reconstruct the images of a stream; the average's weights end up in `vae`."""
-    run = Run("vqvae", vae.train(), [{"params": list(vae.parameters()), "weight_decay": 0.0}], plan, out)
+    codes = vae.quantize.embedding.weight
+    others = [parameter for parameter in vae.parameters() if parameter is not codes]
+    groups = [{"params": others, "weight_decay": 0.0}, {"params": [codes], "weight_decay": 0.0, "pace": plan.code_pace}]
+    run = Run("vqvae", vae.train(), groups, plan, out)
     run.resume()
     stream = images(plan.vae_batch, run)
     for step in run.steps(plan.vae_steps, plan.vae_lr, seconds):

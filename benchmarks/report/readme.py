@@ -25,12 +25,11 @@ from benchmarks.suites.plans import memory_of
 Result = dict[str, Any]
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-DEMO = ROOT / "examples" / "digits" / "results" / "demo.json"
-EVALUATION = ROOT / "examples" / "digits" / "results" / "evaluation.json"
+EXAMPLES = ROOT / "examples"
+EVALUATION = EXAMPLES / "digits" / "results" / "evaluation.json"
 NATIVE_REPORT = ROOT / "tools" / "reports" / "native-report.json"
 FUZZ = ROOT / "tools" / "reports" / "fuzz.json"
 COMPATIBILITY = ROOT / "tools" / "reports" / "compatibility.json"
-SHOOTOUT = ROOT / "examples" / "digits" / "results" / "shootout.json"
 HEADLINE = (("var-d30", "full"), ("var-d30", "ams-kv:75"), ("var-d30", "ams-kv:84.83"), ("var-d36", "ams-kv:75"),
             ("infinity-2b", "ams-kv:75"), ("infinity-8b", "ams-kv:75"))  # fmt: skip
 
@@ -39,17 +38,24 @@ NONE_YET = "*Not measured yet: no such result is committed.*"
 PEERS_NOTE = "Columns to the right: a peer's time over ours, so more than 1 is slower than ours."
 
 
-def _digits() -> str:
-    from examples.digits import demo
+def _example(model: str, name: str) -> Result | None:
+    """A committed result of a model that ships, with where it lies."""
+    path = EXAMPLES / model / "results" / name
+    if not path.exists():
+        return None
+    return {**json.loads(path.read_text(encoding="utf-8")), "path": path.relative_to(ROOT).as_posix()}
 
-    if not DEMO.exists():
+
+def _demo(model: str) -> str:
+    from examples import demo
+
+    if (result := _example(model, "demo.json")) is None:
         return NONE_YET
-    result = json.loads(DEMO.read_text(encoding="utf-8"))
     machine, timing = result["machine"], f"; {result['timing']}" if "timing" in result else ""
     return (
-        f"{demo.render(result['rows'], 'github')}\n\n{result['images']} digits in batches of {result['batch']} with "
+        f"{demo.render(result['rows'], 'github')}\n\n{result['images']} {model} in batches of {result['batch']} with "
         f"guidance, {machine['dtype']}{timing}; measured on {machine['cpu']}, torch {machine['torch']} "
-        f"([demo.json](examples/digits/results/demo.json))."
+        f"([demo.json]({result['path']}))."
     )
 
 
@@ -73,7 +79,9 @@ def _planned(cases: tuple[tuple[str, str], ...] | None) -> str:
 def _lossless() -> str:
     """What `Full()` needs of stock's bytes: of a released model in 16 bit, and of the digits in fp32."""
     planned = memory_of("var-d30", "full")
-    digits = next(row for row in json.loads(DEMO.read_text(encoding="utf-8"))["rows"] if row["policy"] == "full")
+    result = _example("digits", "demo.json")
+    assert result is not None
+    digits = next(row for row in result["rows"] if row["policy"] == "full")
     needed = 1 - float(str(planned["saved"]))
     return (
         f'`"full"` in place of the policy gives the unpatched model\'s images: the last scale, which nothing reads, is '
@@ -225,22 +233,21 @@ def _cpu(machine: dict[str, str]) -> str:
     return re.sub(r"\b1 threads$", "1 thread", machine["cpu"])
 
 
-def _shootout() -> str:
-    from examples.digits import shootout
+def _shootout(model: str) -> str:
+    from examples import tables as examples
 
-    if not SHOOTOUT.exists():
+    if (result := _example(model, "shootout.json")) is None:
         return NONE_YET
-    result = json.loads(SHOOTOUT.read_text(encoding="utf-8"))
-    machine = result["machine"]
+    machine, found = result["machine"], result["rows"]
+    judged = f"{examples.verdicts(found, 'github')}\n\n" if found[0].get("judged") else ""
     return (
-        f"{shootout.render(result['rows'], 'github')}\n\n{result['images']} digits per row with guidance, fp32, with "
+        f"{examples.render(found, 'github')}\n\n{result['images']} {model} per row with guidance, fp32, with "
         f"95 % confidence intervals. Attention time is over stock's, empty where it was not measured; *gap* is how far "
         f"a fitted plan's expected loss may lie above the least possible. "
-        f"{machine.get('gpu', _cpu(machine))}, torch {machine['torch']} "
-        f"(`examples/digits/results/{SHOOTOUT.name}`).\n\n"
+        f"{machine.get('gpu', _cpu(machine))}, torch {machine['torch']} (`{result['path']}`).\n\n{judged}"
         f"PSNR ahead of a rival, in dB ± standard error, by the share of bytes allowed:\n\n"
-        f"{shootout.margins(result['rows'], 'github')}\n\n"
-        f"What a scale of the digits model is worth to later ones:\n\n{shootout.worth(result['scales'], 'github')}"
+        f"{examples.margins(found, 'github')}\n\n"
+        f"What a scale of the {model} model is worth to later ones:\n\n{examples.worth(result['scales'], 'github')}"
     )
 
 
@@ -258,8 +265,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "api": _api,
     "families": families.checked,
     "infinitystar": families.videos,
-    "shootout": _shootout,
-    "digits": _digits,
+    "shootout": lambda: _shootout("digits"),
+    "shootout-avatars": lambda: _shootout("avatars"),
+    "digits": lambda: _demo("digits"),
+    "avatars": lambda: _demo("avatars"),
     "fuzz": _fuzz,
     "digits-evaluation": _evaluation,
     "lossless": _lossless,

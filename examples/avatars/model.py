@@ -13,6 +13,7 @@ from amskv_kernels.schedule import ScaleSchedule
 from examples.avatars.attributes import ASKED, NUM_CLASSES, asked_of
 
 WEIGHTS = Path(__file__).parent / "weights"
+CALIBRATION = WEIGHTS / "calibration.json"  # the key similarity that AMS-KV ranks the layers by
 SCHEDULE = ScaleSchedule.named("var-256")
 VQVAE_SIZES: dict[str, Any] = {
     "ch": 96, "ch_mult": [1, 1, 1], "num_res_blocks": 1, "z_channels": 16, "vocab_size": 256

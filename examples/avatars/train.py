@@ -29,7 +29,7 @@ from examples.avatars.model import SCHEDULE, VAR_SIZES, VQVAE_SIZES, WEIGHTS, Su
 from examples.training import SEED, Plan, Run, Stream, initialise, near_identity, shuffled, train_var, train_vqvae
 
 PLAN = Plan(
-    vae_steps=4000, vae_batch=4, vae_lr=4e-4, vae_sharp=0.2, var_steps=4000,
+    vae_steps=4000, vae_batch=4, vae_lr=5e-4, code_pace=6.0, vae_sharp=0.2, var_steps=4000,
     var_turns=((6, 24), (8, 10), (10, 4)), var_lr=2e-3, warmup=50, ema=0.99, log_every=10, save_every=50,
 )  # fmt: skip
 QUICK = replace(

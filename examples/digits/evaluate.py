@@ -15,32 +15,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from amskv_kernels import CachePlan, PagedKVCache, parse_policy
 from amskv_kernels.cli import arguments, console
 from amskv_kernels.files import write_json
 from amskv_kernels.models import VAR, VQVAE
 from examples.digits.data import SEED, accuracy, digits
 from examples.digits.model import CALIBRATION, SAMPLING, WEIGHTS, load
+from examples.subjects import POLICIES, cache_for, plan_for
 
 PARTS = ("of the generator's training images", "of the held-out images it learned from")
-POLICIES = ("full", "ams-kv:75", "ams-kv:84.83", "sink:2,1", "sliding:1")
 BATCH = 100
-
-
-def plan_for(var: VAR, policy: str) -> CachePlan:
-    """The plan of a policy for this model; AMS-KV ranks the layers by the calibration that ships."""
-    config = var.config
-    text = f"{policy}@{CALIBRATION}" if policy.startswith("ams-kv:") else policy
-    return CachePlan.build(config.schedule, parse_policy(text, config.schedule, config.depth), config.depth)
 
 
 def draw(var: VAR, vae: VQVAE, policy: str, labels: Tensor, seed: int) -> Tensor:
     """Images (B, 3, 32, 32) of the labels (B,), on the CPU."""
     generator = torch.Generator(labels.device).manual_seed(seed)
-    cache = PagedKVCache(
-        plan_for(var, policy), batch=2 * len(labels), kv_heads=var.config.num_heads, head_dim=var.config.head_dim,
-        dtype=torch.float32, device=labels.device,
-    )  # fmt: skip
+    cache = cache_for(var, plan_for(var, policy, CALIBRATION), labels)
     return var.generate(vae, labels, cache, generator=generator, **SAMPLING).images.cpu()
 
 

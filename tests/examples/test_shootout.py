@@ -1,7 +1,6 @@
 """The shoot-out's arithmetic: settings within their bytes, and tables that say what the rows do."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +8,10 @@ from test_allocation import random_losses
 
 from amskv_kernels import CachePlan, ScaleSchedule
 from amskv_kernels.policies import Drafters, HeadOrders, LeastLoss
-from examples.digits import contestants, demo, shootout
+from examples import contestants, demo, shootout, tables
+from examples.subjects import subject
 
-RESULT = Path(shootout.__file__).parent / "results" / "shootout.json"
+RESULT = subject("digits").results / "shootout.json"
 VAR_256 = ScaleSchedule.named("var-256")
 
 
@@ -34,7 +34,7 @@ def test_the_paired_difference_is_taken_image_by_image():
         {"policy": "a", "share": 0.5, "psnr_each": [30.0, 40.0, 35.0]},
         {"policy": "b", "share": 0.5, "psnr_each": [29.0, 38.0, 32.0]},
     ]
-    mean, error = shootout.ahead(rows, "a", "b", 0.5)
+    mean, error = tables.ahead(rows, "a", "b", 0.5)
     assert mean == pytest.approx(2) and error == pytest.approx(3**-0.5)
 
 
@@ -45,9 +45,9 @@ def test_tables_of_the_committed_result():
     assert all(row["retained_share"] <= row["share"] + 1e-9 for row in rows)
     assert all(len(row["psnr_each"]) == result["images"] for row in rows)
     shown = [row for row in rows if row["policy"] not in contestants.ABLATION]
-    assert shootout.render(rows).count("\n") == len(shown) + 1
-    assert "AMS-KV, calibrated  against sink" in shootout.margins(rows)
-    assert shootout.worth(result["scales"]).count("\n") == len(VAR_256)
+    assert tables.render(rows).count("\n") == len(shown) + 1
+    assert "AMS-KV, calibrated  against sink" in tables.margins(rows)
+    assert tables.worth(result["scales"]).count("\n") == len(VAR_256)
 
 
 def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
@@ -71,7 +71,7 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
             return type("Future", (), {"result": lambda self: row})()
 
     monkeypatch.setattr(shootout, "ProcessPoolExecutor", Pool)
-    args = type("Args", (), {"images": 2, "batch": 2, "device": "cpu", "jobs": 1})()
+    args = type("Args", (), {"images": 2, "batch": 2, "device": "cpu", "model": "digits", "jobs": 1})()
     rows = list(shootout.run(args, policies, []))
     assert drawn == [("full", 1.0), *policies] and len(rows) == 3
     drawn.clear()
@@ -86,5 +86,5 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
 
 def test_no_progress_bar_in_a_log(capsys):
     labels = torch.zeros(1, dtype=torch.int64)
-    assert demo.run(images=1, batch=1)[1].equal(labels)
+    assert demo.run(subject("digits"), images=1, batch=1)[1].equal(labels)
     assert capsys.readouterr().err == ""

@@ -1,8 +1,9 @@
-"""The same digits from the same seeds under every cache policy: one table, two pictures.
+"""The same images from the same seeds under every cache policy: a table and two pictures of each model that ships.
 
-    python -m examples.digits.demo
+    python -m examples.demo
+    python -m examples.demo digits --images 100 --batch 20
 
-Stock-style concatenation and `full` give the same digits. The others keep a quarter of the tokens or less.
+Stock-style concatenation and `full` give the same images. The others keep a quarter of the tokens or less.
 """
 
 from __future__ import annotations
@@ -21,18 +22,16 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
-from amskv_kernels import CachePlan, PagedKVCache
+from amskv_kernels import CachePlan
 from amskv_kernels.cli import arguments, console, plots
 from amskv_kernels.files import write_json
 from amskv_kernels.models import VAR, ConcatKVCache
 from amskv_kernels.models.var import Attention
 from amskv_kernels.planning.memory import MIB, counted
-from examples.digits.data import accuracy
-from examples.digits.evaluate import POLICIES, plan_for
-from examples.digits.model import SAMPLING, load
+from examples.subjects import NAMES, POLICIES, Subject, cache_for, plan_for, shown, subject
 
 PAIR_BYTES = 8  # the demo runs in fp32, stock cache and pages alike
-SHOWN = 20  # digits on the contact sheet
+SHOWN = 20  # images on the contact sheet, at most
 
 
 @dataclass
@@ -76,31 +75,27 @@ class Row:
     accuracy: float
     same_tokens: float
     psnr_db: float | None  # None: identical
+    judged: dict[str, float] = field(default_factory=dict)  # what else the judge finds, by name
 
 
-def contestants(var: VAR) -> list[Contestant]:
+def contestants(var: VAR, calibration: Path) -> list[Contestant]:
     """Stock first, then every policy with its plan."""
-    return [Contestant("stock", None), *(Contestant(name, plan_for(var, name)) for name in POLICIES)]
+    return [Contestant("stock", None), *(Contestant(name, plan_for(var, name, calibration)) for name in POLICIES)]
 
 
-def run(images: int, batch: int) -> tuple[list[Contestant], Tensor, VAR]:
-    """Draw the same digits under every policy, batch by batch; order reversed on every other batch."""
-    var, vae = load()
-    config, runners = var.config, contestants(var)
-    labels = torch.arange(images) % config.num_classes
+def run(sub: Subject, images: int, batch: int) -> tuple[list[Contestant], Tensor, VAR]:
+    """Draw the same images under every policy, batch by batch; order reversed on every other batch."""
+    var, vae = sub.load("cpu")
+    config, runners = var.config, contestants(var, sub.calibration)
+    labels = sub.labels(images)
     parts = labels.split(batch)
-    with tqdm(total=len(parts) * len(runners) * len(config.schedule), unit="step", desc="drawing", disable=None) as bar:
+    with tqdm(total=len(parts) * len(runners) * len(config.schedule), unit="step", desc=sub.name, disable=None) as bar:
         for i, part in enumerate(parts):
             for runner in runners[:: -1 if i % 2 else 1]:
-                cache: Attention = ConcatKVCache()
-                if runner.plan is not None:
-                    cache = PagedKVCache(
-                        runner.plan, batch=2 * len(part), kv_heads=config.num_heads, head_dim=config.head_dim,
-                        dtype=torch.float32,
-                    )  # fmt: skip
+                cache = ConcatKVCache() if runner.plan is None else cache_for(var, runner.plan, part)
                 timed, rng = Timed(cache), torch.Generator().manual_seed(1000 + i)
                 drawn = var.generate(
-                    vae, part, timed, generator=rng, progress=lambda *_: bar.update() and None, **SAMPLING
+                    vae, part, timed, generator=rng, progress=lambda *_: bar.update() and None, **sub.sampling
                 )
                 runner.seconds.append(timed.seconds)
                 runner.images.append(drawn.images)
@@ -108,7 +103,7 @@ def run(images: int, batch: int) -> tuple[list[Contestant], Tensor, VAR]:
     return runners, labels, var
 
 
-def table(runners: Sequence[Contestant], labels: Tensor, batch: int, var: VAR) -> list[Row]:
+def table(sub: Subject, runners: Sequence[Contestant], labels: Tensor, batch: int, var: VAR) -> list[Row]:
     """The rows, everything relative to stock (bytes, time) and to the full cache (tokens, pictures)."""
     config = var.config
     schedule, layers = config.schedule, config.depth
@@ -126,6 +121,7 @@ def table(runners: Sequence[Contestant], labels: Tensor, batch: int, var: VAR) -
         ratios = [own / stock for own, stock in zip(runner.seconds, runners[0].seconds, strict=True)]
         own = torch.cat(runner.images)
         error = (own - images).square().flatten(1).mean(1)
+        recognised, judged = sub.judge(own, labels, images)
         psnr = None if float(error.max()) < 1e-9 else float((-10 * error.clamp_min(1e-9).log10()).mean())
         rows.append(
             Row(
@@ -137,7 +133,8 @@ def table(runners: Sequence[Contestant], labels: Tensor, batch: int, var: VAR) -
                 retained_share=held / stock_tokens,
                 attention_seconds=sum(runner.seconds),
                 attention_share=statistics.median(ratios),
-                accuracy=accuracy(own, labels),
+                accuracy=recognised,
+                judged=judged,
                 same_tokens=float((torch.cat(runner.tokens) == tokens).float().mean()),
                 psnr_db=psnr,
             )
@@ -158,28 +155,24 @@ def render(rows: Sequence[dict], style: str = "simple") -> str:
             f"{row['accuracy']:.1%}",
             f"{row['same_tokens']:.1%}",
             "identical" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB",
+            *(shown(name, value) for name, value in row.get("judged", {}).items()),
         )
         for row in rows
     ]
     headers = (
         "policy", "tokens / layer", f"{most} MiB", "retained MiB (of stock)", "attention time", "recognised",
-        "same tokens", "PSNR",
+        "same tokens", "PSNR", *rows[0].get("judged", {}),
     )  # fmt: skip
-    return tabulate(lines, headers=headers, tablefmt=style, disable_numparse=True, colalign=("left", *["right"] * 7))
+    align = ("left", *["right"] * (len(headers) - 1))
+    return tabulate(lines, headers=headers, tablefmt=style, disable_numparse=True, colalign=align)
 
 
-def contact_sheet(runners: Sequence[Contestant], path: Path) -> None:
-    """The first digits, one row a policy."""
-    strips = [torch.cat(list(torch.cat(r.images)[:SHOWN]), dim=2).mean(0).numpy() for r in runners]
-    figure, axes = plots.new_figure(SHOWN * 0.55, len(strips) * 0.62, rows=len(strips), dpi=110)
-    for axis, strip, runner in zip(axes, strips, runners, strict=True):
-        axis.imshow(strip, cmap="gray_r", vmin=0, vmax=1)
-        axis.set_ylabel(runner.name, rotation=0, ha="right", va="center")
-        axis.set_xticks([])
-        axis.set_yticks([])
-        for spine in axis.spines.values():
-            spine.set_visible(False)
-    plots.save(figure, path)
+def contact_sheet(runners: Sequence[Contestant], grey: bool, path: Path) -> None:
+    """The first images, one row a policy."""
+    count = min(SHOWN, sum(len(part) for part in runners[0].images))
+    strips = {r.name: torch.cat(list(torch.cat(r.images)[:count]), dim=2).permute(1, 2, 0) for r in runners}
+    # Digits are scanned light on dark; paper is the other way round.
+    plots.strips({name: (1 - strip if grey else strip).numpy() for name, strip in strips.items()}, path)
 
 
 def machine() -> dict[str, str]:
@@ -194,10 +187,34 @@ def machine() -> dict[str, str]:
     }
 
 
+def show(sub: Subject, images: int, batch: int, out: Path) -> None:
+    """One model's table and pictures."""
+    runners, labels, var = run(sub, images, batch)
+    rows = [asdict(row) for row in table(sub, runners, labels, batch, var)]
+    timing = f"attention time over stock's in the same batch, the median of {counted(len(runners[0].seconds), 'run')}"
+    result = {
+        "machine": machine(), "images": images, "batch": batch, "sampling": sub.sampling, "timing": timing,
+        "rows": rows,
+    }  # fmt: skip
+    write_json(out / "demo.json", result)
+    contact_sheet(runners, sub.grey, out / "contact-sheet.png")
+    token_bytes = 2 * batch * var.config.num_heads * var.config.head_dim * PAIR_BYTES
+    plots.timeline(
+        {runner.name: runner.plan for runner in runners if runner.plan is not None},
+        {"ours": token_bytes, "stock": token_bytes},
+        f"Cache of {batch} {sub.name} with guidance, fp32",
+        out / "timeline.png",
+    )
+    print(f"\n{images} {sub.name}, cfg {sub.sampling['cfg']}, on {machine()['cpu']}\n\n{render(rows)}\n\n{timing}\n")
+    print(f"pictures  {out / 'contact-sheet.png'}  {out / 'timeline.png'}")
+    print(f"figures   {out / 'demo.json'}", flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=arguments.whole(SHOWN), default=100, help="digits per policy (default 100)")
+    parser.add_argument("models", nargs="*", default=[], help=f"of {' and '.join(NAMES)} (default: all)")
+    parser.add_argument("--images", type=arguments.whole(1), default=40, help="images per policy (default 40)")
     parser.add_argument("--batch", type=arguments.whole(1), default=20, help="images at once (default 20)")
     parser.add_argument(
         "--out", type=arguments.output_folder, default=Path("demo-out"), help="folder to write to (default demo-out)"
@@ -205,25 +222,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.batch > args.images:
         parser.error("--batch must be between 1 and --images")
-    runners, labels, var = run(args.images, args.batch)
-    rows = [asdict(row) for row in table(runners, labels, args.batch, var)]
-    timing = f"attention time over stock's in the same batch, the median of {counted(len(runners[0].seconds), 'run')}"
-    result = {
-        "machine": machine(), "images": args.images, "batch": args.batch, "sampling": SAMPLING, "timing": timing,
-        "rows": rows,
-    }  # fmt: skip
-    write_json(args.out / "demo.json", result)
-    contact_sheet(runners, args.out / "contact-sheet.png")
-    token_bytes = 2 * args.batch * var.config.num_heads * var.config.head_dim * PAIR_BYTES
-    plots.timeline(
-        {runner.name: runner.plan for runner in runners if runner.plan is not None},
-        {"ours": token_bytes, "stock": token_bytes},
-        f"Cache of {args.batch} digits with guidance, fp32",
-        args.out / "timeline.png",
-    )
-    print(f"\n{args.images} digits, cfg {SAMPLING['cfg']}, on {machine()['cpu']}\n\n{render(rows)}\n\n{timing}\n")
-    print(f"pictures  {args.out / 'contact-sheet.png'}  {args.out / 'timeline.png'}")
-    print(f"figures   {args.out / 'demo.json'}")
+    if unknown := set(args.models) - set(NAMES):
+        parser.error(f"no model is called {', '.join(sorted(unknown))}; there are {' and '.join(NAMES)}")
+    for name in args.models or NAMES:
+        show(subject(name), args.images, args.batch, args.out / name)
     print("next      .venv/bin/amskv plan --model var-d30 --policy ams-kv:75 --images 64")
 
 

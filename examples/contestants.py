@@ -25,7 +25,7 @@ from amskv_kernels.policies import (
     SnapKV,
     TokenPolicy,
 )
-from examples.digits.model import SAMPLING
+from examples.subjects import Subject
 
 SHARES = (0.50, 0.25, 0.15, 0.10)  # of the tokens, and here of the bytes too, that stock keeps
 SINKS = 5  # tokens of the first two scales, as many as AMS-KV condenses
@@ -60,14 +60,14 @@ class Measured(NamedTuple):
     drafters: Drafters
 
 
-def measure(var: VAR, vae: VQVAE, device: torch.device) -> Measured:
-    """All of it from one batch of digits."""
+def measure(subject: Subject, var: VAR, vae: VQVAE, device: torch.device) -> Measured:
+    """All of it from one batch of images."""
     schedule, layers = var.config.schedule, var.config.depth
     losses = LossRecorder(schedule, layers, ConcatKVCache())
     attention = AttentionRecorder(schedule, layers, losses, half="both")  # as the committed figures were measured
-    labels = torch.arange(MEASURED, device=device) % var.config.num_classes
-    var.generate(vae, labels, attention, generator=torch.Generator(device).manual_seed(7), **SAMPLING)
-    return Measured(losses.losses("digits"), attention.orders(), attention.drafters())
+    labels = subject.labels(MEASURED).to(device)
+    var.generate(vae, labels, attention, generator=torch.Generator(device).manual_seed(7), **subject.sampling)
+    return Measured(losses.losses(subject.name), attention.orders(), attention.drafters())
 
 
 def contestants(schedule: ScaleSchedule, layers: int, measured: Measured) -> dict[tuple[str, float], Policy]:

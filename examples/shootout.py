@@ -1,9 +1,10 @@
-"""Every cache policy at equal bytes: the same digits from the same seeds, with half to a tenth of stock's cache.
+"""Every cache policy at equal bytes: the same images from the same seeds, with half to a tenth of stock's cache.
 
-    python -m examples.digits.shootout
+    python -m examples.shootout avatars
+    python -m examples.shootout digits
 
-What LeastLoss, AMS-KV, ScaleKV and HeatKV want to know of the model is measured first, on digits of other seeds.
-Quality is what an independent classifier recognises, and how close a digit stays to the one that the same seed
+What LeastLoss, AMS-KV, ScaleKV and HeatKV want to know of the model is measured first, on images of other seeds.
+Quality is what independent classifiers recognise, and how close an image stays to the one that the same seed
 gives with the full cache. Attention error tells why: how far a layer's attention over what is kept lies from attention
 over everything, for the same queries, keys and values. What is drawn is written row by row; a run that was cut off goes
 on where it was.
@@ -19,29 +20,29 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
-from amskv_kernels import CachePlan, Full, PagedKVCache, Policy, ScaleSchedule
+from amskv_kernels import CachePlan, Full, Policy, ScaleSchedule
 from amskv_kernels.cli import console, plots
 from amskv_kernels.files import write_json
 from amskv_kernels.models import VAR, VQVAE, ConcatKVCache, Generation
 from amskv_kernels.planning.memory import MIB
 from amskv_kernels.policies import LeastLoss, Losses
-from examples.digits.contestants import ABLATION, FITTED, RIVALS, SHARES, WINDOWS, TokenForm, contestants, measure
-from examples.digits.data import accuracy
-from examples.digits.demo import PAIR_BYTES, Timed, machine
-from examples.digits.model import SAMPLING, load
+from examples.contestants import ABLATION, SHARES, TokenForm, contestants, measure
+from examples.demo import PAIR_BYTES, Timed, machine
+from examples.subjects import NAMES, Subject, cache_for, subject
+from examples.tables import margins, ordered, render, verdicts, worth
 
 ROUNDING = 1 / (12 * 255**2)  # squared error of rounding to 8 bits: no image is closer than that, 58.9 dB
 COMPARED = 10  # images to measure the attention error with
 TIMED = 10  # images to time attention on
+SHOWN = 14  # images a row of the picture
 
 
 class Clocked(Timed):
@@ -108,49 +109,44 @@ class Row:
     settings: str
     attention_share: float | None = None  # of stock's time; None: not measured
     gap: float | None = None  # of a fitted plan: how far above the least possible its expected loss may lie
+    judged: dict[str, float] = field(default_factory=dict)  # what else the judge finds, by name
 
 
-def attention_error(var: VAR, vae: VQVAE, plan: CachePlan, device: torch.device) -> float:
+def attention_error(sub: Subject, var: VAR, vae: VQVAE, plan: CachePlan, device: torch.device) -> float:
     """Mean relative distance of a layer's attention over what it keeps from that over everything."""
-    config, labels = var.config, torch.arange(COMPARED, device=device) % var.config.num_classes
-    cache = PagedKVCache(
-        plan, batch=2 * COMPARED, kv_heads=config.num_heads, head_dim=config.head_dim, dtype=torch.float32,
-        device=device,
-    )  # fmt: skip
-    compared = Compared(cache)
-    var.generate(vae, labels, compared, generator=torch.Generator(device).manual_seed(1000), **SAMPLING)
+    labels = sub.labels(COMPARED).to(device)
+    compared = Compared(cache_for(var, plan, labels))
+    var.generate(vae, labels, compared, generator=torch.Generator(device).manual_seed(1000), **sub.sampling)
     return sum(compared.errors) / len(compared.errors)
 
 
 def draw(
-    var: VAR, vae: VQVAE, plan: CachePlan | None, labels: Tensor, batch: int
+    sub: Subject, var: VAR, vae: VQVAE, plan: CachePlan | None, labels: Tensor, batch: int
 ) -> tuple[Generation, float]:  # fmt: skip
-    """The digits under one plan, None for stock's cache, and the seconds that attention took."""
-    config, seconds, parts = var.config, 0.0, []
+    """The images under one plan, None for stock's cache, and the seconds that attention took."""
+    seconds, parts = 0.0, []
     for i, part in enumerate(labels.split(batch)):
-        cache: Any = ConcatKVCache()
-        if plan is not None:
-            cache = PagedKVCache(
-                plan, batch=2 * len(part), kv_heads=config.num_heads, head_dim=config.head_dim, dtype=torch.float32,
-                device=labels.device,
-            )  # fmt: skip
-        clocked = Clocked(cache, labels.device)
+        clocked = Clocked(ConcatKVCache() if plan is None else cache_for(var, plan, part), labels.device)
         rng = torch.Generator(labels.device).manual_seed(1000 + i)
-        parts.append(var.generate(vae, part, clocked, generator=rng, **SAMPLING))
+        parts.append(var.generate(vae, part, clocked, generator=rng, **sub.sampling))
         seconds += clocked.seconds
     images, tokens = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
     return Generation(images, tokens), seconds
 
 
 class Bench:
-    """A model at work, and the digits that everything is compared with."""
+    """A model at work, and the images that everything is compared with."""
 
-    def __init__(self, images: int, batch: int, device: str) -> None:
+    def __init__(self, name: str, images: int, batch: int, device: str) -> None:
         torch.set_num_threads(1)
-        self.device, self.batch = torch.device(device), batch
-        self.var, self.vae = load(self.device)
-        self.labels = torch.arange(images, device=self.device) % self.var.config.num_classes
-        self.full = draw(self.var, self.vae, self.plan(Full()), self.labels, batch)[0]
+        self.subject, self.device, self.batch = subject(name), torch.device(device), batch
+        self.var, self.vae = self.subject.load(self.device)
+        self.labels = self.subject.labels(images).to(self.device)
+        self.full = self.draw(self.plan(Full()), self.labels, batch)[0]
+
+    def draw(self, plan: CachePlan | None, labels: Tensor, batch: int) -> tuple[Generation, float]:
+        """As the function of that name."""
+        return draw(self.subject, self.var, self.vae, plan, labels, batch)
 
     def plan(self, policy: Policy) -> CachePlan:
         """The policy's plan."""
@@ -162,10 +158,11 @@ class Bench:
         config, full, plan = self.var.config, self.full, self.plan(policy)
         layers, total = config.depth, config.schedule.total
         token_mib = 2 * self.batch * config.num_heads * config.head_dim * PAIR_BYTES / MIB
-        drawn = full if name == "full" else draw(self.var, self.vae, plan, self.labels, self.batch)[0]
+        drawn = full if name == "full" else self.draw(plan, self.labels, self.batch)[0]
         error = (drawn.images - full.images).square().flatten(1).mean(1).clamp_min(ROUNDING)
         psnr = [round(10 * -math.log10(each), 3) for each in error.tolist()]
         held = plan.retained_tokens / plan.heads
+        recognised, judged = self.subject.judge(drawn.images, self.labels.cpu(), full.images)
         return Row(
             policy=name,
             share=share,
@@ -173,19 +170,20 @@ class Bench:
             retained_mib=held * token_mib,
             retained_share=held / layers / total,
             peak_mib=plan.peak_tokens / plan.heads * token_mib,
-            accuracy=accuracy(drawn.images, self.labels.cpu()),
+            accuracy=recognised,
+            judged=judged,
             same_tokens=float((drawn.tokens == full.tokens).float().mean()),
             psnr_db=None if drawn is full else sum(psnr) / len(psnr),
             psnr_each=psnr,
-            attention_error=attention_error(self.var, self.vae, plan, self.device),
+            attention_error=attention_error(self.subject, self.var, self.vae, plan, self.device),
             settings=settings(policy),
             gap=policy.fit.gap if isinstance(policy, LeastLoss) else None,
         )
 
     def attention_share(self, policy: Policy) -> float:
-        """Its attention's time over stock's, the one right after the other on the same digits."""
+        """Its attention's time over stock's, the one right after the other on the same images."""
         labels = self.labels[:TIMED]
-        own, stock = (draw(self.var, self.vae, plan, labels, TIMED)[1] for plan in (self.plan(policy), None))
+        own, stock = (self.draw(plan, labels, TIMED)[1] for plan in (self.plan(policy), None))
         return own / stock
 
 
@@ -198,9 +196,9 @@ def settings(policy: Policy) -> str:
 _bench: Bench | None = None  # of a worker process
 
 
-def _start(images: int, batch: int, device: str) -> None:
+def _start(name: str, images: int, batch: int, device: str) -> None:
     global _bench
-    _bench = Bench(images, batch, device)
+    _bench = Bench(name, images, batch, device)
 
 
 def _row(name: str, share: float, policy: Policy) -> Row:
@@ -214,7 +212,7 @@ def run(
     """The full cache and every contestant; a row that is known already, of the same settings, is not drawn again."""
     policies = {("full", 1.0): Full(), **policies}
     done = {(row["policy"], row["share"], row["settings"]): row for row in known}
-    setup = (args.images, args.batch, args.device)
+    setup = (args.model, args.images, args.batch, args.device)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=spawn, initializer=_start, initargs=setup) as pool:
         found = {}
@@ -229,104 +227,41 @@ def time_rows(
     args: argparse.Namespace, policies: Mapping[tuple[str, float], Policy], rows: Sequence[dict]
 ) -> None:  # fmt: skip
     """Attention times, one process alone: for every row that the table shows, whatever was known of it."""
-    bench = Bench(TIMED, TIMED, args.device)
+    bench = Bench(args.model, TIMED, TIMED, args.device)
     shown = [row for row in rows if row["policy"] not in ABLATION]
     for row in tqdm(shown, unit="row", desc="timing", disable=None):
         row["attention_share"] = bench.attention_share(policies.get((row["policy"], row["share"]), Full()))
 
 
-def render(rows: Sequence[dict], style: str = "simple") -> str:
-    """Rows, as `asdict` gives them, as a table for people: the best PSNR first at each share."""
-    shown = [row for row in rows if row["policy"] not in ABLATION]
-    ordered = sorted(shown, key=lambda row: (-row["share"], -(row["psnr_db"] or 99)))
-    lines = [
-        (
-            f"{row['share']:.0%}",
-            row["policy"],
-            f"{row['tokens_per_layer']:.1f}",
-            f"{row['retained_mib']:.1f} ({row['retained_share']:.1%})",
-            f"{row['peak_mib']:.1f}",
-            "" if row["attention_share"] is None else f"{row['attention_share']:.2f}×",
-            f"{row['accuracy']:.1%}",
-            f"{row['same_tokens']:.1%}",
-            _psnr(row),
-            f"{row['attention_error']:.1%}",
-            "" if row["gap"] is None else f"{row['gap']:.1%}",
-        )
-        for row in ordered
-    ]
-    headers = (
-        "allowed", "policy", "tokens / layer", "KV MiB (of stock)", "peak MiB", "attention time", "recognised",
-        "same tokens", "PSNR, dB (95 %)", "attention error", "gap",
-    )  # fmt: skip
-    return tabulate(
-        lines, headers=headers, tablefmt=style, disable_numparse=True, colalign=("right", "left", *["right"] * 9)
+def sheet(args: argparse.Namespace, policies: Mapping[tuple[str, float], Policy], rows: Sequence[dict]) -> None:
+    """The first images under the full cache, and under the best and the worst policies of the smallest share."""
+    bench = Bench(args.model, SHOWN, SHOWN, args.device)
+    smallest = [row for row in ordered(rows) if row["share"] == min(SHARES)]
+    pictures = {"full": bench.full.images}
+    for row in (smallest[0], smallest[len(smallest) // 2], smallest[-1]):
+        plan = bench.plan(policies[row["policy"], row["share"]])
+        pictures[f"{row['policy']}, {row['share']:.0%}"] = bench.draw(plan, bench.labels, SHOWN)[0].images
+    plots.strips(
+        {name: torch.cat(list(images), dim=2).permute(1, 2, 0).numpy() for name, images in pictures.items()},
+        args.out / "equal-bytes.png",
     )
 
 
-def _psnr(row: dict) -> str:
-    """A row's mean and its 95 % confidence interval."""
-    if row["psnr_db"] is None:
-        return "identical"
-    return f"{row['psnr_db']:.2f} ± {1.96 * scatter(row['psnr_each']):.2f}"
-
-
-def scatter(values: Sequence[float]) -> float:
-    """Standard error of a mean."""
-    return float(torch.tensor(values).std() / len(values) ** 0.5)
-
-
-def ahead(rows: Sequence[dict], ours: str, rival: str, share: float) -> tuple[float, float]:
-    """How much closer to the full cache's digits `ours` comes, dB, and its standard error: paired, image by image."""
-    psnr = {(row["policy"], row["share"]): row["psnr_each"] for row in rows}
-    each = [own - other for own, other in zip(psnr[ours, share], psnr[rival, share], strict=True)]
-    return sum(each) / len(each), scatter(each)
-
-
-def margins(rows: Sequence[dict], style: str = "simple") -> str:
-    """How far ahead of their rivals LeastLoss and AMS-KV are, and AMS-KV of itself with other demanding layers."""
-    pairs = [(ours, rival) for ours in FITTED for rival in RIVALS]
-    pairs += [(ours, rival) for ours in ("AMS-KV, calibrated", "AMS-KV") for rival in (*WINDOWS, "H2O")]
-    pairs += [("AMS-KV, calibrated", rival) for rival in ABLATION]
-    lines = []
-    for ours, rival in pairs:
-        found = [ahead(rows, ours, rival, share) for share in SHARES]
-        lines.append((ours, f"against {rival}", *(f"{mean:+.2f} ± {error:.2f}" for mean, error in found)))
-    headers = ("policy", "", *(f"{share:.0%}" for share in SHARES))
-    align = ("left", "left", *["right"] * len(SHARES))
-    return tabulate(lines, headers=headers, tablefmt=style, disable_numparse=True, colalign=align)
-
-
-def worth(scales: Sequence[dict], style: str = "simple") -> str:
-    """What a scale is worth: the attention that later scales pay to it, as a whole and per token."""
-    lines = [
-        (f"{i + 1}", f"{scale['tokens']}", f"{scale['attention']:.1%}", f"{scale['attention'] / scale['tokens']:.2%}")
-        for i, scale in enumerate(scales)
-    ]
-    headers = ("scale", "tokens", "attention from later scales", "per token")
-    return tabulate(lines, headers=headers, tablefmt=style, disable_numparse=True, colalign=["right"] * 4)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=100, help="digits per policy and share (default 100)")
-    parser.add_argument("--batch", type=int, default=20, help="images at once (default 20)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--jobs", type=int, default=2, help="processes that draw (default 2)")
-    parser.add_argument("--no-times", action="store_true", help="quality alone, for a machine that is not idle")
-    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder to write to (default demo-out)")
-    args = parser.parse_args(argv)
-    if not 2 <= args.batch <= args.images or args.jobs < 1:
-        parser.error("--batch must be between 2 and --images, and --jobs at least 1")
-    path, device = args.out / "shootout.json", torch.device(args.device)
-    setup: dict[str, Any] = {"images": args.images, "batch": args.batch, "sampling": SAMPLING}
+def settled(path: Path, setup: dict[str, Any]) -> list[dict]:
+    """The rows of an earlier run of the same setup."""
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    known = before.get("rows", []) if all(before.get(key) == value for key, value in setup.items()) else []
+    return before.get("rows", []) if all(before.get(key) == value for key, value in setup.items()) else []
+
+
+def shoot(args: argparse.Namespace) -> None:
+    """Measure, draw, time, write and show."""
+    path, device, sub = args.out / "shootout.json", torch.device(args.device), subject(args.model)
+    setup: dict[str, Any] = {"images": args.images, "batch": args.batch, "sampling": sub.sampling}
+    known = settled(path, setup)
     ran = machine() if device.type == "cpu" else {**machine(), "gpu": torch.cuda.get_device_name(device)}
     torch.set_num_threads(1)
-    var, vae = load(device)
-    measured = measure(var, vae, device)
+    var, vae = sub.load(device)
+    measured = measure(sub, var, vae, device)
     policies = contestants(var.config.schedule, var.config.depth, measured)
     result: dict[str, Any] = {"machine": ran, **setup, "rows": [], "scales": scales(measured.losses)}
     for row in run(args, policies, known):
@@ -339,12 +274,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.no_times:
         time_rows(args, policies, rows)
     write_json(path, result)
-    shown = [row for row in rows if row["policy"] not in ABLATION]
-    plots.quality(shown, f"{args.images} digits from the same seeds, fp32", args.out / "shootout.png")
-    print(f"\n{args.images} digits, cfg {SAMPLING['cfg']}, on {ran.get('gpu', ran['cpu'])}\n\n{render(rows)}\n")
+    plots.quality(ordered(rows), f"{args.images} {sub.name} from the same seeds, fp32", args.out / "shootout.png")
+    sheet(args, policies, rows)
+    print(f"\n{args.images} {sub.name}, cfg {sub.sampling['cfg']}, on {ran.get('gpu', ran['cpu'])}\n\n{render(rows)}\n")
+    if rows[0].get("judged"):
+        print(f"{verdicts(rows)}\n")
     print(f"PSNR ahead, dB\n\n{margins(rows)}\n\n{worth(result['scales'])}\n")
-    print(f"picture   {args.out / 'shootout.png'}")
+    print(f"pictures  {args.out / 'shootout.png'}  {args.out / 'equal-bytes.png'}")
     print(f"figures   {path}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=NAMES)
+    parser.add_argument("--images", type=int, default=100, help="per policy and share (default 100)")
+    parser.add_argument("--batch", type=int, default=20, help="images at once (default 20)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that draw (default 2)")
+    parser.add_argument("--no-times", action="store_true", help="quality alone, for a machine that is not idle")
+    parser.add_argument("--out", type=Path, help="folder to write to (default demo-out and the model's name)")
+    args = parser.parse_args(argv)
+    if not 2 <= args.batch <= args.images or args.jobs < 1:
+        parser.error("--batch must be between 2 and --images, and --jobs at least 1")
+    args.out = args.out or Path("demo-out") / args.model
+    shoot(args)
 
 
 def scales(losses: Losses) -> list[dict[str, float]]:
