@@ -15,7 +15,7 @@ from amskv_kernels.cache import PagedKVCache
 from amskv_kernels.calibrate import LossRecorder
 from amskv_kernels.models import VAR, VQVAE, ConcatKVCache, Generation
 from amskv_kernels.models.infinity import InfinityStack, Text
-from amskv_kernels.planning.layout import row_size
+from amskv_kernels.planning.layout import row_bytes, row_size
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.policies import Full, Policy
 from amskv_kernels.schedule import ScaleSchedule
@@ -72,9 +72,8 @@ class Subject(ABC):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row of K or of V in its page; one of eight bits has a scale in fp32."""
-        row = row_size("head_dim", self.shape.head_dim)
-        return row + 4 if self.eight_bit else row * self.dtype.itemsize
+        """Bytes of a row of K or of V in its page."""
+        return row_bytes(row_size("head_dim", self.shape.head_dim), 1 if self.eight_bit else self.dtype.itemsize)
 
     def _wait(self) -> float:
         if self.device.type == "cuda":

@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
     add_model(plan)
     plan.add_argument("--policy", required=True, help=SYNTAX.replace("%", "%%"))
     plan.add_argument("--images", type=whole(1), default=1, help="images generated at once (default 1)")
-    plan.add_argument("--dtype", default="bf16", help="of the pages: bf16 (default), fp16, fp32")
+    plan.add_argument("--dtype", default="bf16", help="of the pages: bf16 (default), fp16, fp32, int8")
     plan.add_argument("--page-size", type=whole(1), help="16, 32, 64 or 128 (default: what suits the schedule)")
     plan.add_argument("--no-cfg", action="store_true", help="one sequence an image instead of two")
     plan.add_argument("--plot", type=picture, metavar="PNG", help="draw the bytes over the steps")
@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan, and print what it takes."""
-    from amskv_kernels.planning.memory import STOCK_PAIR_BYTES, counted, report, token_mib
+    from amskv_kernels.planning.memory import counted, report
     from amskv_kernels.planning.plan import CachePlan
     from amskv_kernels.policies import parse_policy
 
@@ -45,10 +45,11 @@ def run(arguments: argparse.Namespace) -> int:
     memory = report(plan, shape, arguments.policy, arguments.images, arguments.dtype, not arguments.no_cfg)
     if arguments.plot:
         from amskv_kernels.cli import plots
-        from amskv_kernels.planning.memory import MIB, PAIR_BYTES
+        from amskv_kernels.planning.memory import ELEMENT_BYTES, MIB, stock_token_mib, token_mib
 
-        pairs = {"ours": (PAIR_BYTES[arguments.dtype], memory.row), "stock": (STOCK_PAIR_BYTES, shape.head_dim)}
-        token_bytes = {name: round(token_mib(shape, memory.sequences, *pair) * MIB) for name, pair in pairs.items()}
+        ours = token_mib(shape, memory.sequences, ELEMENT_BYTES[arguments.dtype], memory.row)
+        stock = stock_token_mib(shape, memory.sequences)
+        token_bytes = {name: round(mib * MIB) for name, mib in (("ours", ours), ("stock", stock))}
         title = f"{shape.name}, {counted(arguments.images, 'image')}, {arguments.dtype}"
         plots.timeline({arguments.policy: plan}, token_bytes, title, arguments.plot)
     if arguments.json:
@@ -69,7 +70,10 @@ def _lines(memory: MemoryReport, settings: str, chosen: bool) -> list[str]:
 
     drawn = f"{counted(memory.images, 'image')} = {counted(memory.sequences, 'sequence')}"
     dropped = "tokens" if chosen else "scales"
-    kept = "lossless" if memory.lossless else f"approximate: some earlier {dropped} are dropped"
+    kept = f"approximate: some earlier {dropped} are dropped"
+    if memory.lossless:
+        kept = "all that is read, in eight bits" if memory.dtype == "int8" else "lossless"
+    rounded = " and a scale per row" if memory.dtype == "int8" else ""
     of_prefix = f"{shares(memory.kept_of_prefix)} of those before the last scale"
     padded = f"of both: there are no kernels of this head size, heads lie in rows of {memory.row}"
     held = f"{memory.retained_tokens_per_layer:.1f} of {memory.total_tokens} tokens per layer"
@@ -77,7 +81,7 @@ def _lines(memory: MemoryReport, settings: str, chosen: bool) -> list[str]:
         f"{memory.model} ({memory.schedule}), {drawn}, {memory.dtype}",
         f"policy     {memory.policy}: {settings}",
         line("needed", memory.needed_mib, "free on the device for keys and values, known before step 1"),
-        line("  pool", memory.allocated_mib, f"pages of {memory.page_size} tokens, made before step 1"),
+        line("  pool", memory.allocated_mib, f"pages of {memory.page_size} tokens{rounded}, made before step 1"),
         line("  in flight", memory.in_flight_mib, "K, V of the largest map while a layer attends"),
         *([line("  padding", memory.padding_mib, padded)] if memory.padding_mib else []),
         *([line("  scores", memory.scores_mib, "attention added up, in fp32")] if memory.scores_mib else []),

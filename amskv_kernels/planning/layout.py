@@ -3,6 +3,8 @@
 pages : (num_pages, 2, page_size, D)   one page = page_size tokens of one head: its K rows, then its V rows
 arena : (B, Hkv) int32                 first page of this sequence-and-head's arena in the pool
 slots : (B|1, Hkv|1, S) int32          page_offset << ROWS_BITS | rows, rows 1 … page_size, 0 = none
+
+Rows of pages of int8 have an fp32 scale each, in page_scales (num_pages, 2, page_size).
 """
 
 from amskv_kernels.arguments import whole_number
@@ -15,6 +17,7 @@ ROWS_MASK = (1 << ROWS_BITS) - 1
 MOST_PAGES = 1 << (31 - ROWS_BITS)
 # Page numbers in a pool are int32 as well.
 MOST_POOL_PAGES = 2**31 - 1
+SCALE_BYTES = 4
 
 
 def row_size(name: str, head_dim: object) -> int:
@@ -27,3 +30,8 @@ def row_size(name: str, head_dim: object) -> int:
     if number % 8:  # 16-bit rows of other sizes do not begin at a multiple of 16 bytes
         raise ValueError(f"{name} is {number}; it must be a multiple of 8")
     return next(size for size in HEAD_DIMS if size >= number)
+
+
+def row_bytes(row: int, element_bytes: int) -> int:
+    """Bytes of a page's row of K or of V with `row` elements; those of one byte have a scale."""
+    return row * element_bytes + (SCALE_BYTES if element_bytes == 1 else 0)

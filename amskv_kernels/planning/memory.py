@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+import numpy as np
+
 from amskv_kernels.arguments import instance_of, shown, whole_number
-from amskv_kernels.planning.layout import row_size
+from amskv_kernels.planning.layout import row_bytes, row_size
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.shapes import ModelShape
 
-# Bytes of one K and one V element together.
-PAIR_BYTES = {"fp16": 4, "bf16": 4, "fp32": 8}
-STOCK_PAIR_BYTES = 6  # fp32 K, because F.normalize under autocast returns fp32, and 16-bit V
+ELEMENT_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4, "int8": 1}  # of the pages
+CURRENT_BYTES = ELEMENT_BYTES | {"int8": 2}  # of K, V in flight, as the model computes them; with int8, in 16 bits
+# Of one K and one V element together: fp32 K, because F.normalize under autocast returns fp32, and 16-bit V.
+STOCK_PAIR_BYTES = 6
 SCORE_BYTES = 4  # fp32
 MIB = 2**20
 MOST_IMAGES = 2**31 - 1  # beyond any pool, whose pages are numbered in 32 bits
@@ -21,7 +24,8 @@ MOST_IMAGES = 2**31 - 1  # beyond any pool, whose pages are numbered in 32 bits
 class MemoryReport:
     """Memory of one batch, all layers and heads, in MiB; tokens are per layer, sequence and head.
 
-    What papers count (retained, peak) is of tokens alone: pages not rounded up, rows not padded.
+    What papers count (retained, peak) is of tokens alone: pages not rounded up, rows not padded. Rows of int8 are counted
+    with their scales everywhere; what is in flight beside them is of a model that computes in 16 bits.
 
     Attributes:
         row: elements of a page's row: D, or the next size that has kernels.
@@ -42,7 +46,7 @@ class MemoryReport:
         saved_of_prefix: share of them not retained, ScaleKV's and HeatKV's convention; below 0 never, 0 when nothing
             is dropped.
         saved_bytes: share of stock_mib not retained.
-        lossless: whether every layer reads every earlier scale.
+        lossless: whether every layer reads every earlier scale, which int8 pages hold in eight bits.
     """
 
     model: str
@@ -89,9 +93,14 @@ def shares(kept: float) -> str:
     return f"{kept:.1%} kept, {1 - kept:.1%} saved"
 
 
-def token_mib(shape: ModelShape, sequences: int, pair_bytes: int, row: int | None = None) -> float:
+def stock_token_mib(shape: ModelShape, sequences: int) -> float:
+    """MiB that stock code keeps of one token in one layer, over all sequences and KV heads."""
+    return shape.kv_heads * shape.head_dim * STOCK_PAIR_BYTES * sequences / MIB
+
+
+def token_mib(shape: ModelShape, sequences: int, element_bytes: int, row: int | None = None) -> float:
     """MiB of one token in one layer over all sequences and KV heads, in rows of D elements unless told."""
-    return shape.kv_heads * (row or shape.head_dim) * pair_bytes * sequences / MIB
+    return shape.kv_heads * 2 * row_bytes(row or shape.head_dim, element_bytes) * sequences / MIB
 
 
 def report(
@@ -110,18 +119,25 @@ def report(
         raise ValueError(f"plan is {plan!r}; it must be one of {shape.name}: {shape.layers} layers, its schedule")
     images = whole_number("images", images, 1, MOST_IMAGES)
     instance_of("cfg", cfg, bool)
-    if not isinstance(dtype, str) or dtype not in PAIR_BYTES:
-        raise ValueError(f"dtype is {shown(dtype)}; it must be one of {', '.join(PAIR_BYTES)}")
-    pair, row = PAIR_BYTES[dtype], row_size("head_dim", shape.head_dim)
+    if not isinstance(dtype, str) or dtype not in ELEMENT_BYTES:
+        raise ValueError(f"dtype is {shown(dtype)}; it must be one of {', '.join(ELEMENT_BYTES)}")
+    row = row_size("head_dim", shape.head_dim)
     schedule, sequences = shape.schedule, images * (2 if cfg else 1)
-    ours, stored, stock = (token_mib(shape, sequences, *each) for each in ((pair,), (pair, row), (STOCK_PAIR_BYTES,)))
-    # Where heads differ, a plan counts the tokens of all of them.
-    retained, peak, allocated, in_flight = (
-        tokens / plan.heads
-        for tokens in (plan.retained_tokens, plan.peak_tokens, plan.allocated_tokens, plan.in_flight_tokens)
+    stock, (ours, stored), (current, padded) = (
+        stock_token_mib(shape, sequences),
+        *(
+            (token_mib(shape, sequences, size), token_mib(shape, sequences, size, row))
+            for size in (ELEMENT_BYTES[dtype], CURRENT_BYTES[dtype])
+        ),
     )
+    # Where heads differ, a plan counts the tokens of all of them.
+    retained, allocated, in_flight = (
+        tokens / plan.heads for tokens in (plan.retained_tokens, plan.allocated_tokens, plan.in_flight_tokens)
+    )
+    peak_mib = float((plan.live * (ours / plan.heads) + np.asarray(schedule.tokens)[:, None] * current).max())
     scores_mib = plan.summed_scores * SCORE_BYTES * shape.kv_heads * sequences / MIB
-    needed_mib, stock_mib = (allocated + in_flight) * stored + scores_mib, schedule.total * shape.layers * stock
+    needed_mib = allocated * stored + in_flight * padded + scores_mib
+    stock_mib = schedule.total * shape.layers * stock
     kept_of_all = retained / (schedule.total * shape.layers)
     kept_of_prefix = retained / (schedule.prefix * shape.layers) if schedule.prefix else 1.0
     return MemoryReport(
@@ -140,13 +156,13 @@ def report(
         needed_mib=needed_mib,
         saved=1 - needed_mib / stock_mib,
         allocated_mib=allocated * stored,
-        in_flight_mib=in_flight * stored,
-        padding_mib=(allocated + in_flight) * (stored - ours),
+        in_flight_mib=in_flight * padded,
+        padding_mib=allocated * (stored - ours) + in_flight * (padded - current),
         scores_mib=scores_mib,
         stock_mib=stock_mib,
         retained_mib=retained * ours,
         retained_at_stock_dtype_mib=retained * stock,
-        peak_mib=peak * ours,
+        peak_mib=peak_mib,
         kept_of_all=kept_of_all,
         saved_of_all=1 - kept_of_all,
         kept_of_prefix=kept_of_prefix,

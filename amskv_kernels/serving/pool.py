@@ -8,7 +8,7 @@ import torch
 
 from amskv_kernels.arguments import check_device, whole_number
 from amskv_kernels.ops.checks import check_pool
-from amskv_kernels.planning.layout import MOST_PAGES, MOST_POOL_PAGES
+from amskv_kernels.planning.layout import MOST_PAGES, MOST_POOL_PAGES, row_bytes
 from amskv_kernels.planning.memory import MIB
 from amskv_kernels.serving.units import Pages, PlanUnits
 
@@ -38,8 +38,7 @@ class UnitPool:
         check_device("device", device)
         self.plan = plan
         heads = kv_heads if plan.plan.heads == 1 else 1  # pages of a unit
-        row_bytes = head_dim * dtype.itemsize + (torch.float32.itemsize if dtype == torch.int8 else 0)
-        self.unit_bytes = heads * 2 * plan.plan.page_size * row_bytes
+        self.unit_bytes = heads * 2 * plan.plan.page_size * row_bytes(head_dim, dtype.itemsize)
         self.units = min(whole_number("memory", memory, 1) // self.unit_bytes, MOST_PAGES, MOST_POOL_PAGES // heads)
         least = int(plan.curve.max())
         if self.units < least:

@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 
 from amskv_kernels import CachePlan, parse_policy
-from amskv_kernels.planning.memory import PAIR_BYTES, STOCK_PAIR_BYTES, report, token_mib
+from amskv_kernels.planning.memory import ELEMENT_BYTES, report, stock_token_mib, token_mib
 from amskv_kernels.policies import PUBLISHED_SAVINGS
 from amskv_kernels.shapes import ModelShape
 from benchmarks.harness.cases import POLICIES
@@ -41,13 +41,13 @@ def tasks(context: Context) -> Iterator[Task]:
 
 
 @cache
-def memory_of(model: str, policy: str) -> dict[str, object]:
-    """What one image with guidance takes in bf16 pages: exact arithmetic, so it is worked out wherever it is shown."""
+def memory_of(model: str, policy: str, dtype: str = "bf16") -> dict[str, object]:
+    """What one image with guidance takes: exact arithmetic, so it is worked out wherever it is shown."""
     shape = ModelShape.named(model)
     plan = CachePlan.build(
         shape.schedule, parse_policy(policy, shape.schedule, shape.layers), shape.layers, kv_heads=shape.kv_heads
     )
-    return report(plan, shape, policy, images=1).as_dict()
+    return report(plan, shape, policy, 1, dtype).as_dict()
 
 
 def plan_row(model: str, policy: str, repetitions: int) -> Row:
@@ -59,7 +59,7 @@ def plan_row(model: str, policy: str, repetitions: int) -> Row:
         chosen = parse_policy(policy, shape.schedule, shape.layers)
         plan = CachePlan.build(shape.schedule, chosen, shape.layers, kv_heads=shape.kv_heads)
         seconds.append(time.perf_counter() - start)
-    ours, stock = (token_mib(shape, 2, pair) for pair in (PAIR_BYTES["bf16"], STOCK_PAIR_BYTES))
+    ours, stock = token_mib(shape, 2, ELEMENT_BYTES["bf16"]), stock_token_mib(shape, 2)
     return {
         "suite": "plan",
         **report(plan, shape, policy, images=1).as_dict(),

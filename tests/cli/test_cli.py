@@ -56,9 +56,17 @@ def test_plan_by_dtype_and_guidance(capsys):
         return json.loads(run(capsys, "plan", "--model", "var-d16", "--policy", "full", "--json", *more)[1])
 
     assert figures("--dtype", "fp32")["retained_mib"] == 2 * figures()["retained_mib"]
+    assert figures("--dtype", "int8")["retained_mib"] == figures()["retained_mib"] * (64 + 4) / 128
     assert figures("--no-cfg")["stock_mib"] * 2 == figures()["stock_mib"]
     assert figures("--page-size", "128")["page_size"] == 128
     assert figures("--schedule", "var-512")["prefix_tokens"] == 1216
+
+
+def test_plan_in_eight_bits(capsys, tmp_path):
+    argv = ["plan", "--model", "var-d30", "--policy", "full", "--dtype", "int8", "--plot", str(tmp_path / "plan.png")]
+    _, out, _ = run(capsys, *argv)
+    assert "424.0 of 680 tokens per layer, all that is read, in eight bits" in out
+    assert "tokens and a scale per row, made before step 1" in out
 
 
 def test_plan_says_what_rows_cost_heads_without_kernels(capsys):
@@ -173,7 +181,7 @@ def test_calibrate_measures_attention(checkpoints, capsys, method, policy, more)
             ["plan", "--model", "var-d30", "--policy", "full", "--images", "many"],
             "--images: 'many' is not a whole number",
         ),
-        (["plan", "--model", "var-d30", "--policy", "full", "--dtype", "int8"], "dtype is 'int8'; it must be one of"),
+        (["plan", "--model", "var-d30", "--policy", "full", "--dtype", "int4"], "dtype is 'int4'; it must be one of"),
         (["plan", "--model", "var-d30", "--policy", "full", "--page-size", "17"], "page_size is 17"),
         (["plan", "--model", "var-d30", "--policy", "full", "--schedule", "x"], "schedule 'x' is not a published one"),
         (["plan", "--model", "var-d30"], "required: --policy"),

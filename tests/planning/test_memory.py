@@ -12,7 +12,7 @@ from amskv_kernels.shapes import ModelShape
 
 SCHEDULE = ScaleSchedule([(1, 1), (2, 2), (3, 3), (5, 5), (8, 8), (7, 9)], "odd")
 SHAPE = ModelShape("small", 3, 4, 2, 64, SCHEDULE)  # 4 query heads on 2 KV heads
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
 ORDERS = HeadOrders.from_scores(torch.rand(3, 2, 6).tolist(), SCHEDULE, 2)
 
 POLICIES = {
@@ -30,27 +30,37 @@ POLICIES = {
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize(
     ("images", "cfg", "dtype", "head_dim"),
-    [(1, True, "bf16", 64), (3, False, "fp32", 64), (2, True, "fp16", 64), (1, True, "bf16", 104)],
+    [
+        (1, True, "bf16", 64),
+        (3, False, "fp32", 64),
+        (2, True, "fp16", 64),
+        (1, True, "bf16", 104),
+        (1, True, "int8", 64),
+        (2, False, "int8", 104),
+    ],
 )
 def test_what_is_needed_is_what_a_generation_takes(name, images, cfg, dtype, head_dim):
     plan = CachePlan.build(SCHEDULE, POLICIES[name], SHAPE.layers, kv_heads=SHAPE.kv_heads)
     memory = report(plan, replace(SHAPE, head_dim=head_dim), name, images, dtype, cfg)
     batch = images * (2 if cfg else 1)
     cache = PagedKVCache(plan, batch=batch, kv_heads=2, head_dim=head_dim, dtype=DTYPES[dtype])
+    model = torch.bfloat16 if dtype == "int8" else DTYPES[dtype]
     in_flight = scores = 0
     for n in SCHEDULE.tokens:
         for layer in range(SHAPE.layers):
-            q, k, v = torch.randn(batch, n, 8, head_dim).to(DTYPES[dtype]).split([4, 2, 2], dim=2)
+            q, k, v = torch.randn(batch, n, 8, head_dim).to(model).split([4, 2, 2], dim=2)
             cache.attend(layer, q, k, v)
             in_flight = max(in_flight, 2 * batch * n * 2 * cache.pages.shape[3] * k.element_size())
             sums = {} if cache._selector is None else cache._selector._sums
             scores = max(scores, sum(each.numel() * each.element_size() for each in sums.values()))
-    assert memory.allocated_mib * MIB == cache.nbytes == cache.pages.untyped_storage().nbytes()
+    scales = 0 if cache.page_scales is None else cache.page_scales.untyped_storage().nbytes()
+    assert memory.allocated_mib * MIB == cache.nbytes == cache.pages.untyped_storage().nbytes() + scales
     assert memory.in_flight_mib * MIB == in_flight
     assert memory.scores_mib * MIB == scores
     assert memory.needed_mib * MIB == cache.nbytes + in_flight + scores
     assert memory.row == cache.pages.shape[3]
-    assert memory.padding_mib * MIB == (cache.nbytes + in_flight) * (memory.row - head_dim) / memory.row
+    padding = (cache.nbytes - scales + in_flight) * (memory.row - head_dim) / memory.row
+    assert memory.padding_mib * MIB == padding
     assert memory.saved == 1 - memory.needed_mib / memory.stock_mib
     assert (scores > 0) == (name == "h2o")
 
@@ -67,6 +77,17 @@ def test_needed_is_never_below_any_other_figure():
     assert memory.kept_of_all + memory.saved_of_all == memory.kept_of_prefix + memory.saved_of_prefix == 1
 
 
+def test_eight_bits_are_counted_with_their_scales():
+    shape = ModelShape.named("var-d30")
+    plan = CachePlan.build(shape.schedule, Full(), 30)
+    half, eight = (report(plan, shape, "full", 1, dtype) for dtype in ("bf16", "int8"))
+    for figure in ("retained_mib", "allocated_mib"):
+        assert getattr(eight, figure) == getattr(half, figure) * (64 + 4) / 128
+    assert eight.in_flight_mib == half.in_flight_mib
+    last = 256 * 2 * shape.kv_heads * 2 * 64 * 2 / MIB  # the largest map, in 16 bits
+    assert eight.peak_mib == pytest.approx((half.peak_mib - last) * 68 / 128 + last)
+
+
 def test_a_schedule_of_one_scale_keeps_nothing():
     shape = ModelShape("one", 2, 1, 1, 64, ScaleSchedule([(4, 4)]))
     memory = report(CachePlan.build(shape.schedule, Full(), 2), shape, "full", images=1)
@@ -80,7 +101,7 @@ def test_a_schedule_of_one_scale_keeps_nothing():
         ({"images": 0}, ValueError, "images is 0; it must be a whole number ≥ 1"),
         ({"images": 1.5}, ValueError, "images is 1.5; it must be a whole number ≥ 1"),
         ({"images": 10**400}, ValueError, "images is 1000.*; it must be at most 2147483647"),
-        ({"dtype": "int8"}, ValueError, "dtype is 'int8'; it must be one of fp16, bf16, fp32"),
+        ({"dtype": "int4"}, ValueError, "dtype is 'int4'; it must be one of fp16, bf16, fp32, int8"),
         ({"dtype": torch.bfloat16}, ValueError, "dtype is torch.bfloat16; it must be one of"),
         ({"plan": Full()}, TypeError, r"plan is Full\(\); it must be a CachePlan"),
         ({"shape": "var-d30"}, TypeError, "shape is 'var-d30'; it must be a ModelShape"),
