@@ -24,8 +24,8 @@ MOST_IMAGES = 2**31 - 1  # beyond any pool, whose pages are numbered in 32 bits
 class MemoryReport:
     """Memory of one batch, all layers and heads, in MiB; tokens are per layer, sequence and head.
 
-    What papers count (retained, peak) is of tokens alone: pages not rounded up, rows not padded. Rows of int8 are counted
-    with their scales everywhere; what is in flight beside them is of a model that computes in 16 bits.
+    What papers count (retained, peak) is of tokens alone: pages not rounded up, rows not padded. Rows of int8 are
+    counted with their scales everywhere; what is in flight beside them is of a model that computes in 16 bits.
 
     Attributes:
         row: elements of a page's row: D, or the next size that has kernels.

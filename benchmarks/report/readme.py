@@ -69,7 +69,8 @@ def _planned(cases: tuple[tuple[str, str], ...] | None) -> str:
     def make(result: Result) -> str:
         found = [row for row in rows(result, "plan") if cases is None or (row["model"], row["policy"]) in cases]
         return (
-            f"{tables.plans(found, 'github')}\n\nOne image with guidance, bf16 pages but for the column of int8's, MiB. Memory is exact arithmetic; "
+            f"{tables.plans(found, 'github')}\n\nOne image with guidance, MiB; bf16 pages, and what int8 pages need. "
+            f"Memory is exact arithmetic; "
             f"planned on {result['machine']['cpu']}, one core (`benchmarks/results/{result['file']}`)."
         )
 

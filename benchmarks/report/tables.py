@@ -194,15 +194,16 @@ def plans(found: Sequence[Row], style: str) -> str:
         lines.append(
             (
                 own["model"], own["policy"], f"{own['needed_mib']:,.1f}", f"{own['stock_mib']:,.1f}",
-                f"{own['saved']:.1%}", f"{eight_bit['needed_mib']:,.1f}", f"{own['allocated_mib']:,.1f}", f"{own['in_flight_mib']:,.1f}",
+                f"{own['saved']:.1%}", f"{eight_bit['needed_mib']:,.1f}",
+                f"{own['allocated_mib']:,.1f}", f"{own['in_flight_mib']:,.1f}",
                 f"{own['retained_mib']:,.1f}", f"{own['retained_tokens_per_layer']:.1f} of {own['total_tokens']}",
                 f"{own['kept_of_all']:.1%}", f"{own['saved_of_all']:.1%}", f"{own['saved_of_prefix']:.1%}",
                 own["page_size"], f"{row['plan_ms']:.1f}",
             )
         )  # fmt: skip
     headers = (
-        "model", "policy", "needed MiB", "stock MiB", "saved", "needed, int8", "pool", "in flight", "retained", "tokens / layer",
-        "kept of all", "saved of all", "of prefix", "page", "plan ms",
+        "model", "policy", "needed MiB", "stock MiB", "saved", "needed, int8", "pool", "in flight", "retained",
+        "tokens / layer", "kept of all", "saved of all", "of prefix", "page", "plan ms",
     )  # fmt: skip
     return table(lines, headers, style, 2)
 
