@@ -103,6 +103,18 @@ def token_mib(shape: ModelShape, sequences: int, element_bytes: int, row: int | 
     return shape.kv_heads * 2 * row_bytes(row or shape.head_dim, element_bytes) * sequences / MIB
 
 
+def _checked(plan: CachePlan, shape: ModelShape, images: int, dtype: str, cfg: bool) -> int:
+    """The number of images, or an error as of `report`."""
+    instance_of("plan", plan, CachePlan)
+    instance_of("shape", shape, ModelShape)
+    if (plan.schedule, plan.num_layers) != (shape.schedule, shape.layers) or plan.heads not in (1, shape.kv_heads):
+        raise ValueError(f"plan is {plan!r}; it must be one of {shape.name}: {shape.layers} layers, its schedule")
+    instance_of("cfg", cfg, bool)
+    if not isinstance(dtype, str) or dtype not in ELEMENT_BYTES:
+        raise ValueError(f"dtype is {shown(dtype)}; it must be one of {', '.join(ELEMENT_BYTES)}")
+    return whole_number("images", images, 1, MOST_IMAGES)
+
+
 def report(
     plan: CachePlan, shape: ModelShape, policy: str, images: int, dtype: str = "bf16", cfg: bool = True
 ) -> MemoryReport:  # fmt: skip
@@ -113,23 +125,12 @@ def report(
         ValueError: a plan of another model than the shape's, images below 1 or beyond 32 bits, an unknown dtype, or a
             head size that pages cannot have.
     """
-    instance_of("plan", plan, CachePlan)
-    instance_of("shape", shape, ModelShape)
-    if (plan.schedule, plan.num_layers) != (shape.schedule, shape.layers) or plan.heads not in (1, shape.kv_heads):
-        raise ValueError(f"plan is {plan!r}; it must be one of {shape.name}: {shape.layers} layers, its schedule")
-    images = whole_number("images", images, 1, MOST_IMAGES)
-    instance_of("cfg", cfg, bool)
-    if not isinstance(dtype, str) or dtype not in ELEMENT_BYTES:
-        raise ValueError(f"dtype is {shown(dtype)}; it must be one of {', '.join(ELEMENT_BYTES)}")
+    images = _checked(plan, shape, images, dtype, cfg)
     row = row_size("head_dim", shape.head_dim)
     schedule, sequences = shape.schedule, images * (2 if cfg else 1)
-    stock, (ours, stored), (current, padded) = (
-        stock_token_mib(shape, sequences),
-        *(
-            (token_mib(shape, sequences, size), token_mib(shape, sequences, size, row))
-            for size in (ELEMENT_BYTES[dtype], CURRENT_BYTES[dtype])
-        ),
-    )
+    stock, element, moving = stock_token_mib(shape, sequences), ELEMENT_BYTES[dtype], CURRENT_BYTES[dtype]
+    ours, stored = (token_mib(shape, sequences, element, each) for each in (None, row))
+    current, padded = (token_mib(shape, sequences, moving, each) for each in (None, row))
     # Where heads differ, a plan counts the tokens of all of them.
     retained, allocated, in_flight = (
         tokens / plan.heads for tokens in (plan.retained_tokens, plan.allocated_tokens, plan.in_flight_tokens)
