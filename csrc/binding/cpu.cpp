@@ -43,13 +43,18 @@ void check_on_cpu(const char* name, const Tensor& x) {
 }
 
 // Rows in a pool that the same call writes may be overwritten before they are read.
-void check_apart(const char* name, const Tensor& x, const Tensor& pages) {
-    const int64_t size = static_cast<int64_t>(x.element_size());
+void check_apart(const char* name, const Tensor& x, const char* written_name, const Tensor& written) {
     int64_t last = 0;
     for (int64_t axis = 0; axis < x.dim(); ++axis) last += (x.size(axis) - 1) * x.stride(axis);
-    const auto first = reinterpret_cast<uintptr_t>(x.data_ptr()), start = reinterpret_cast<uintptr_t>(pages.data_ptr());
-    if (x.numel() > 0 && first < start + pages.numel() * size && first + (last + 1) * size > start)
-        refuse(name, " shares memory with pages, which this call writes; it must be a tensor of its own");
+    const auto first = reinterpret_cast<uintptr_t>(x.data_ptr()), end = first + (last + 1) * x.element_size();
+    const auto start = reinterpret_cast<uintptr_t>(written.data_ptr());
+    if (x.numel() > 0 && first < start + written.numel() * written.element_size() && end > start)
+        refuse(name, " shares memory with ", written_name, ", which this call writes; it must be a tensor of its own");
+}
+
+void check_apart(const char* name, const Tensor& x, const Tensor& pages, const std::optional<Tensor>& page_scales) {
+    check_apart(name, x, "pages", pages);
+    if (page_scales) check_apart(name, x, "page_scales", *page_scales);
 }
 
 Scratch& scratch_of_thread() {
@@ -71,10 +76,11 @@ void for_each_task(int64_t tasks, int64_t work, const Run& run) {
 
 AttnParams params_of(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pages, const Tensor& arena,
-    const Tensor& read_slots, const Tensor& write_slots, double softmax_scale) {
+    const Tensor& read_slots, const Tensor& write_slots, double softmax_scale,
+    const std::optional<Tensor>& page_scales) {
     AttnParams p{};
     p.q = rows_of(q), p.k = rows_of(k), p.v = rows_of(v);
-    p.pool = pool_of(pages, arena, std::nullopt);
+    p.pool = pool_of(pages, arena, page_scales);
     p.read = table_of(read_slots), p.write = table_of(write_slots);
     p.softmax_scale = static_cast<float>(softmax_scale);
     p.batch = q.size(0), p.tokens = q.size(1), p.heads = q.size(2), p.kv_heads = k.size(2), p.head_dim = q.size(3);
@@ -84,12 +90,15 @@ AttnParams params_of(
 
 std::tuple<Tensor, Tensor> attn_cpu(
     Tensor q, Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor read_slots, Tensor write_slots,
-    double softmax_scale, std::string instruction_set) {
+    double softmax_scale, std::optional<Tensor> page_scales, std::string instruction_set) {
     check_on_cpu("k", k);
-    check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, std::nullopt, Kernel::kCpu);
-    AttnParams p = params_of(q, k, v, pages, arena, read_slots, write_slots, softmax_scale);
+    check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales, Kernel::kCpu);
+    AttnParams p = params_of(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales);
     check_tables(p.pool, p.read, p.write, p.batch, p.kv_heads, p.tokens);
-    if (p.write.count > 0) check_apart("q", q, pages), check_apart("k", k, pages), check_apart("v", v, pages);
+    if (p.write.count > 0) {
+        check_apart("q", q, pages, page_scales);
+        check_apart("k", k, pages, page_scales), check_apart("v", v, pages, page_scales);
+    }
     const InstructionSet& set = instruction_set_of(instruction_set);
     const std::array<int64_t, 4> out_shape{p.batch, p.tokens, p.heads, p.head_dim};
     const std::array<int64_t, 3> lse_shape{p.batch, p.heads, p.tokens};
@@ -103,20 +112,23 @@ std::tuple<Tensor, Tensor> attn_cpu(
     return {out, lse};
 }
 
-void append_cpu(Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor write_slots) {
+void append_cpu(
+    Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor write_slots, std::optional<Tensor> page_scales,
+    std::string instruction_set) {
     check_on_cpu("k", k);
-    check_current(k, v, pages, arena, std::nullopt, Kernel::kCpu);
+    check_current(k, v, pages, arena, page_scales, Kernel::kCpu);
     check_slots("write_slots", write_slots, k);
     AppendParams p{};
     p.k = rows_of(k), p.v = rows_of(v);
-    p.pool = pool_of(pages, arena, std::nullopt);
+    p.pool = pool_of(pages, arena, page_scales);
     p.write = table_of(write_slots);
     p.batch = k.size(0), p.tokens = k.size(1), p.kv_heads = k.size(2), p.head_dim = k.size(3);
     p.dtype = dtype_of(k);
     check_tables(p.pool, {}, p.write, p.batch, p.kv_heads, p.tokens);
-    if (p.write.count > 0) check_apart("k", k, pages), check_apart("v", v, pages);
+    if (p.write.count > 0) check_apart("k", k, pages, page_scales), check_apart("v", v, pages, page_scales);
+    const InstructionSet& set = instruction_set_of(instruction_set);
     for_each_task(int64_t{p.batch} * p.kv_heads, 2 * k.numel(), [&](int64_t task) {
-        store_rows(p, static_cast<int>(task / p.kv_heads), static_cast<int>(task % p.kv_heads));
+        set.append(p, static_cast<int>(task / p.kv_heads), static_cast<int>(task % p.kv_heads));
     });
 }
 
@@ -178,8 +190,10 @@ std::string cpu_info() {
 STABLE_TORCH_LIBRARY_FRAGMENT(amskv, m) {
     m.def(
         "attn_cpu(Tensor q, Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor read_slots, Tensor write_slots, "
-        "float softmax_scale, str instruction_set=\"\") -> (Tensor, Tensor)");
-    m.def("append_cpu(Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor write_slots) -> ()");
+        "float softmax_scale, Tensor(b!)? page_scales=None, str instruction_set=\"\") -> (Tensor, Tensor)");
+    m.def(
+        "append_cpu(Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor write_slots, "
+        "Tensor(b!)? page_scales=None, str instruction_set=\"\") -> ()");
     m.def(
         "prepare_qk_cpu(Tensor qkv, int kv_heads, Tensor? q_scale=None, Tensor? cos=None, Tensor? sin=None, "
         "bool l2norm=False, float eps=1e-12, str instruction_set=\"\") -> (Tensor, Tensor)");

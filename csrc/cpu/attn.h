@@ -49,18 +49,29 @@ void begin_tile(const AttnParams& p, int batch, int head, int first, int rows, T
     for (int i = 0; i < rows * p.head_dim; i += kLanes) store(tile.out + i, Vec{});
 }
 
+// A row of T as fp32.
+template <typename T>
+const float* copy(const void* row, float scale, int head_dim, float* to) {
+    for (int d = 0; d < head_dim; d += kLanes) {
+        const Vec x = load(static_cast<const T*>(row) + d);
+        store(to + d, kEightBits<T> ? x * scale : x);
+    }
+    return to;
+}
+
 // K and V of a block as fp32, as pointers to its rows. fp32 rows of a page are read where they lie; those of the
 // current scale are far apart and read many times, so they are copied.
-template <typename T>
-void load_block(const Keys<T, kBlock>& keys, int head_dim, Scratch& scratch) {
-    const int in_place = sizeof(T) == sizeof(float) ? keys.paged : 0;
+template <typename T, typename Page>
+void load_block(const Keys<T, Page, kBlock>& keys, int head_dim, Scratch& scratch) {
+    const int in_place = sizeof(Page) == sizeof(float) ? keys.paged : 0;
     for (int i = 0; i < in_place; ++i) {
-        scratch.keys[i] = reinterpret_cast<const float*>(keys.k[i]);
-        scratch.values[i] = reinterpret_cast<const float*>(keys.v[i]);
+        scratch.keys[i] = static_cast<const float*>(keys.k[i]);
+        scratch.values[i] = static_cast<const float*>(keys.v[i]);
     }
     for (int i = in_place; i < keys.count; ++i) {
-        scratch.keys[i] = copy(keys.k[i], head_dim, scratch.key_copies + i * head_dim);
-        scratch.values[i] = copy(keys.v[i], head_dim, scratch.value_copies + i * head_dim);
+        const auto copy_row = i < keys.paged ? copy<Page> : copy<T>;
+        scratch.keys[i] = copy_row(keys.k[i], keys.k_scale[i], head_dim, scratch.key_copies + i * head_dim);
+        scratch.values[i] = copy_row(keys.v[i], keys.v_scale[i], head_dim, scratch.value_copies + i * head_dim);
     }
     for (int i = 0; i < kPastEnd; ++i) scratch.keys[keys.count + i] = scratch.keys[keys.count - 1];
 }
@@ -76,14 +87,14 @@ void end_tile(const AttnParams& p, int batch, int head, int first, const Tile& t
     }
 }
 
-template <typename T>
+template <typename T, typename Page>
 void attn_fp32(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& scratch) {
     const AttnTask part = begin_task(p, cut, task);
     for (int i = 0; i < part.tiles; ++i) {
         const int row = part.row + i * cut.rows_per_tile;
         begin_tile<T>(p, part.batch, part.head, row, part.rows_of(cut, i), scratch.tiles[i]);
     }
-    Keys<T, kBlock> keys(p, part.batch, part.head);
+    Keys<T, Page, kBlock> keys(p, part.batch, part.head);
     for (int count = keys.next(); count > 0;) {
         load_block(keys, p.head_dim, scratch);
         const int next = keys.next();
@@ -102,15 +113,24 @@ void attn_fp32(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& s
         end_tile<T>(p, part.batch, part.head, part.row + i * cut.rows_per_tile, scratch.tiles[i]);
 }
 
+// The same elements in pages as in the current scale, or eight bits.
+template <typename T>
+void attn_of(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& scratch) {
+    p.pool.scales ? attn_fp32<T, int8_t>(p, cut, task, scratch) : attn_fp32<T, T>(p, cut, task, scratch);
+}
+
+#ifdef __AVX512BF16__
+template <>
+inline void attn_of<BFloat16>(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& scratch) {
+    p.pool.scales ? attn_pairs<int8_t>(p, cut, task, scratch) : attn_pairs<BFloat16>(p, cut, task, scratch);
+}
+#endif
+
 inline void attn_any(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& scratch) {
     switch (p.dtype) {
-        case DType::kFloat32: return attn_fp32<float>(p, cut, task, scratch);
-        case DType::kFloat16: return attn_fp32<Half>(p, cut, task, scratch);
-#ifdef __AVX512BF16__
-        case DType::kBFloat16: return attn_pairs(p, cut, task, scratch);
-#else
-        case DType::kBFloat16: return attn_fp32<BFloat16>(p, cut, task, scratch);
-#endif
+        case DType::kFloat32: return attn_of<float>(p, cut, task, scratch);
+        case DType::kFloat16: return attn_of<Half>(p, cut, task, scratch);
+        case DType::kBFloat16: return attn_of<BFloat16>(p, cut, task, scratch);
     }
 }
 

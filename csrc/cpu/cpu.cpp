@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 
 #ifdef __x86_64__
 #include <cpuid.h>
@@ -62,29 +61,6 @@ const InstructionSet* instruction_set(int rank) {
 #else
     return rank == 0 ? &kPlain : nullptr;
 #endif
-}
-
-void store_rows(const AppendParams& p, int batch, int head) {
-    constexpr int32_t kRowsMask = (1 << kRowsBits) - 1;
-    const int32_t* const slots = p.write.data + batch * p.write.batch_stride + head * p.write.head_stride;
-    const int64_t size = p.dtype == DType::kFloat32 ? 4 : 2, bytes = size * p.head_dim;
-    int64_t token = p.tokens;
-    for (int i = 0; i < p.write.count; ++i) token -= slots[i] & kRowsMask;  // below 0: rows that the first page holds
-    for (int i = 0; i < p.write.count; ++i) {
-        const int rows = slots[i] & kRowsMask;
-        if (rows == 0) continue;
-        const int64_t page = p.pool.arena[batch * p.kv_heads + head] + (slots[i] >> kRowsBits);
-        char* to = static_cast<char*>(p.pool.pages) + page * 2 * p.pool.page_size * bytes;
-        for (const Rows* const x : {&p.k, &p.v}) {
-            const char* const from =
-                static_cast<const char*>(x->data) + (batch * x->batch_stride + head * x->head_stride) * size;
-            for (int64_t row = std::max<int64_t>(0, -token); row < rows; ++row)
-                std::memcpy(to + row * bytes, from + (token + row) * x->token_stride * size, bytes);
-            std::memset(to + rows * bytes, 0, (p.pool.page_size - rows) * bytes);
-            to += p.pool.page_size * bytes;
-        }
-        token += rows;
-    }
 }
 
 }  // namespace amskv::cpu

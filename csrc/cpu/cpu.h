@@ -51,11 +51,13 @@ struct alignas(64) Scratch {
     float key_copies[kBlock * kMostHeadDim], value_copies[kBlock * kMostHeadDim];
     const float* keys[kBlock + kPastEnd];
     const float* values[kBlock];
-    // In bf16: [key][d], [d][key], [key][row], [pair of keys][row].
+    // In bf16: [key][d], [d][key], [key][row], [pair of keys][row]; of int8 pages V as it lies and a block's scales.
     alignas(64) BFloat16 packed_keys[kPairBlock * kMostHeadDim], packed_values[kMostHeadDim * kPairBlock];
     BFloat16 zeros[kMostHeadDim];
     alignas(64) float pair_scores[kPairBlock * kPairRows];
     uint32_t pair_weights[kPairBlock / 2 * kPairRows];
+    alignas(64) BFloat16 value_rows[kPairBlock * kMostHeadDim];
+    float key_scales[kPairBlock], value_scales[kPairBlock];
 };
 
 // qkv (B, n, H + 2 · Hkv, D) → q (B, n, H, D) and k (B, n, Hkv, D), contiguous.
@@ -73,6 +75,7 @@ struct PrepareParams {
 struct InstructionSet {
     const char* name;
     void (*attn)(const AttnParams&, const AttnCut&, int64_t task, Scratch&);
+    void (*append)(const AppendParams&, int batch, int head);
     void (*prepare_qk)(const PrepareParams&, int64_t token);  // `token` of all batch · n
 };
 
@@ -80,8 +83,5 @@ extern const InstructionSet kPlain, kAvx2, kAvx512, kAvx512bf16, kAmx;
 
 // Those of this machine, plain code first; null past the best.
 const InstructionSet* instruction_set(int rank);
-
-// Rows of k and v of one sequence and head into the pages that `write` names; the rest of every such page becomes 0.
-void store_rows(const AppendParams& params, int batch, int head);
 
 }  // namespace amskv::cpu

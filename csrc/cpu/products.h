@@ -124,6 +124,11 @@ void multiply(const Product& p) {
 
 #endif
 
+// 2 · kLanes elements of eight bits as bf16, which has them all.
+inline Vec load_pairs(const int8_t* from) {
+    return reinterpret_cast<Vec>(_mm512_cvtne2ps_pbh(load(from + kLanes), load(from)));
+}
+
 // bf16 of `first` and `second` side by side in each lane, rounded to nearest.
 inline Bits pair_of(Vec first, Vec second) {
     const Bits both = reinterpret_cast<Bits>(_mm512_cvtne2ps_pbh(second, first));

@@ -2,10 +2,14 @@
 #pragma once
 
 #include "cpu/cpu.h"
+#include "cpu/store.h"
 #include "cpu/vector.h"
 
 namespace amskv::cpu {
 namespace {
+
+template <typename Page>
+inline constexpr bool kEightBits = sizeof(Page) == 1;
 
 // Query row `row` of KV head `head`: rows run through the tokens of each of the group's heads.
 inline int64_t query_offset(const AttnParams& p, int batch, int head, int row) {
@@ -25,8 +29,8 @@ inline int64_t lse_row(const AttnParams& p, int batch, int head, int row) {
 }
 
 // Walks the keys of one sequence and head, the rows that the slots name and then the current scale, a block at a time.
-// T is the type of the elements.
-template <typename T, int kMost>
+// T is the type of the current scale's elements, Page that of those in pages: the same, or int8_t.
+template <typename T, typename Page, int kMost>
 class Keys {
 public:
     Keys(const AttnParams& p, int batch, int head) : p_(p) {
@@ -41,50 +45,48 @@ public:
         count = 0;
         for (; count < kMost && slot_ < p_.read.count; ++slot_, row_ = 0) {
             const int rows = slots_[slot_] & ((1 << kRowsBits) - 1);
-            const int64_t page = arena_ + (slots_[slot_] >> kRowsBits), page_elements = p_.pool.page_size * p_.head_dim;
-            const T* const first = static_cast<const T*>(p_.pool.pages) + page * 2 * page_elements;
-            for (; row_ < rows && count < kMost; ++row_, ++count) {
-                k[count] = first + row_ * p_.head_dim;
-                v[count] = k[count] + page_elements;
-            }
+            const int64_t page_size = p_.pool.page_size;
+            const int64_t first = (arena_ + (slots_[slot_] >> kRowsBits)) * 2 * page_size;
+            for (; row_ < rows && count < kMost; ++row_, ++count) list(first + row_, first + row_ + page_size);
             if (row_ < rows) break;
         }
         paged = count;
         for (; token_ < p_.tokens && count < kMost; ++token_, ++count) {
             k[count] = k_ + token_ * p_.k.token_stride;
             v[count] = v_ + token_ * p_.v.token_stride;
+            k_scale[count] = v_scale[count] = 1;
         }
         return count;
     }
 
     // Asks for one of so many parts of the listed rows, to have them at hand when their turn comes.
     void prefetch(int part, int parts) const {
-        const int bytes = p_.head_dim * static_cast<int>(sizeof(T));
         for (int i = count * part / parts; i < count * (part + 1) / parts; ++i) {
+            const int bytes = p_.head_dim * static_cast<int>(i < paged ? sizeof(Page) : sizeof(T));
             for (int at = 0; at < bytes; at += kLineBytes) {
-                __builtin_prefetch(reinterpret_cast<const char*>(k[i]) + at);
-                __builtin_prefetch(reinterpret_cast<const char*>(v[i]) + at);
+                __builtin_prefetch(static_cast<const char*>(k[i]) + at);
+                __builtin_prefetch(static_cast<const char*>(v[i]) + at);
             }
         }
     }
 
-    const T *k[kMost], *v[kMost];
-    int count = 0, paged = 0;  // rows of the block; the first of them, those that lie in pages
+    const void *k[kMost], *v[kMost];     // of Page, the first `paged`, and of T
+    float k_scale[kMost], v_scale[kMost];  // what they are multiplied by, where pages are of int8_t
+    int count = 0, paged = 0;              // rows of the block; the first of them, those that lie in pages
 
 private:
+    void list(int64_t k_row, int64_t v_row) {
+        const Page* const pages = static_cast<const Page*>(p_.pool.pages);
+        k[count] = pages + k_row * p_.head_dim, v[count] = pages + v_row * p_.head_dim;
+        if constexpr (kEightBits<Page>) k_scale[count] = p_.pool.scales[k_row], v_scale[count] = p_.pool.scales[v_row];
+    }
+
     const AttnParams& p_;
     const int32_t* slots_;
     int64_t arena_;
     const T *k_, *v_;
     int slot_ = 0, row_ = 0, token_ = 0;
 };
-
-// A row as fp32.
-template <typename T>
-const float* copy(const T* row, int head_dim, float* to) {
-    for (int d = 0; d < head_dim; d += kLanes) store(to + d, load(row + d));
-    return to;
-}
 
 // The tiles of a task.
 struct AttnTask {
@@ -102,7 +104,7 @@ inline AttnTask begin_task(const AttnParams& p, const AttnCut& cut, int64_t task
     found.head = task / cut.tasks_per_head % p.kv_heads, found.batch = task / cut.tasks_per_head / p.kv_heads;
     if (part == 0) {
         const AppendParams rows{p.k, p.v, p.pool, p.write, p.batch, p.tokens, p.kv_heads, p.head_dim, p.dtype};
-        store_rows(rows, found.batch, found.head);
+        append_any(rows, found.batch, found.head);
     }
     found.row = part * cut.tiles_per_task * cut.rows_per_tile;
     const int left = (cut.rows - found.row + cut.rows_per_tile - 1) / cut.rows_per_tile;

@@ -32,6 +32,8 @@ typedef uint16_t Words __attribute__((vector_size(kVectorBytes), may_alias));
 typedef float VecAnywhere __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
 typedef float PairsAnywhere __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
 typedef uint16_t HalvesAnywhere __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+typedef int8_t BytesAnywhere __attribute__((vector_size(kLanes), aligned(1), may_alias));
+typedef int32_t Ints __attribute__((vector_size(kVectorBytes), may_alias));
 
 inline Bits bits_of(Vec x) { return reinterpret_cast<Bits>(x); }
 inline Vec from_bits(Bits x) { return reinterpret_cast<Vec>(x); }
@@ -54,6 +56,8 @@ inline Vec larger(Vec a, Vec b) {
     return a > b ? a : b;
 #endif
 }
+
+inline Bits larger(Bits a, Bits b) { return a > b ? a : b; }
 
 inline Vec load(const float* from) { return *reinterpret_cast<const VecAnywhere*>(from); }
 inline void store(float* to, Vec x) { *reinterpret_cast<VecAnywhere*>(to) = x; }
@@ -86,6 +90,17 @@ inline void store(Half* to, Vec x) {
     const Bits rounded = bits < kNormal ? subnormal : normal;
     const Bits bounded = rounded < kInfinite ? rounded : Bits{} + kInfinite;
     narrow(to, sign | (x != x ? Bits{} + 0x7e00 : bounded));
+}
+
+// Elements of eight bits, without their row's scale.
+inline Vec load(const int8_t* from) {
+    const Ints x = __builtin_convertvector(*reinterpret_cast<const BytesAnywhere*>(from), Ints);
+    return __builtin_convertvector(x, Vec);
+}
+
+// The low byte of each lane.
+inline void narrow(int8_t* to, Bits x) {
+    *reinterpret_cast<BytesAnywhere*>(to) = __builtin_convertvector(x, BytesAnywhere);
 }
 
 // Two elements of 16 bits in each lane, as they are.

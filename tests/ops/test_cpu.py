@@ -7,7 +7,7 @@ from zlib import crc32
 import large_logits
 import pytest
 import torch
-from attn_cases import SPOILT, Case, make, same_kinds, sdpa_error, spoilt
+from attn_cases import SPOILT, Case, exact, make, make_eight_bit, same_kinds, sdpa_error, spoilt
 from extra_cases import LARGE, QK_PARTS, QK_SHAPES, SMALL, make_qk
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +19,7 @@ from amskv_kernels.ops.backends import library
 pytestmark = pytest.mark.skipif(library.why_not_loaded() is not None, reason=str(library.why_not_loaded()))
 SETS = [] if library.why_not_loaded() else library.instruction_sets()
 IN_EVERY_SET = pytest.mark.parametrize("instruction_set", SETS)
+IN_PAGES = pytest.mark.parametrize("make", [make, make_eight_bit], ids=["in pages as they are", "in eight bits"])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ops = torch.ops.amskv
 # Around every boundary: a vector of 4, 8 or 16 rows, a tile of 64 rows, a block of 96 keys, and several of each.
@@ -35,22 +36,29 @@ BOUNDARIES = [
 
 
 def check(args: tuple, instruction_set: str) -> None:
-    """One call against the reference: out, lse, and every byte of the pool."""
-    expected_pages = args[3].clone()
-    truth, truth_lse = reference.attn(*args[:3], expected_pages, *args[4:])
-    error = sdpa_error(args, truth)
-    out, lse = ops.attn_cpu(*args, instruction_set)
+    """One call against the reference: out, lse, and every byte of the pool and of its scales."""
+    expected = copied(args)
+    truth, truth_lse = reference.attn(*expected)
+    error = sdpa_error(exact(args) if len(args) > 8 else args, truth)
+    out, lse = ops.attn_cpu(*args, instruction_set=instruction_set)
     assert out.dtype == args[0].dtype
     assert out.is_contiguous()
     assert (out.double() - truth).abs().max() <= 2 * error + 1e-6
     assert (lse.double() - truth_lse).abs().max() < 1e-5
-    assert torch.equal(args[3].view(torch.uint8), expected_pages.view(torch.uint8)), "every byte, NaN included"
+    for found, truth in zip(args[3::5], expected[3::5], strict=True):
+        assert torch.equal(found.view(torch.uint8), truth.view(torch.uint8)), "every byte, NaN included"
+
+
+def copied(args: tuple) -> tuple:
+    """The same call on a pool of its own."""
+    return (*args[:3], args[3].clone(), *args[4:8], *(scales.clone() for scales in args[8:]))
 
 
 @IN_EVERY_SET
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@IN_PAGES
 @pytest.mark.parametrize("case", SMALL + LARGE + BOUNDARIES, ids=str)
-def test_attn_is_the_reference(case, dtype, instruction_set):
+def test_attn_is_the_reference(case, make, dtype, instruction_set):
     check(make(replace(case, dtype=dtype), seed=crc32(f"{case}{dtype}".encode())), instruction_set)
 
 
@@ -82,9 +90,9 @@ def cases(draw) -> Case:
 
 
 @IN_EVERY_SET
-@settings(max_examples=40, deadline=None)
-@given(case=cases(), seed=st.integers(0, 2**31))
-def test_attn_on_random_calls(instruction_set, case, seed):
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), seed=st.integers(0, 2**31), make=st.sampled_from([make, make_eight_bit]))
+def test_attn_on_random_calls(instruction_set, case, seed, make):
     check(make(case, seed), instruction_set)
 
 
@@ -95,7 +103,7 @@ def test_what_is_no_number_spoils_its_own_rows(what, dtype, instruction_set):
     for case in (Case(n=3, history=(5,)), Case(n=40, history=(16,) * 9), Case(n=70, heads=4, kv_heads=2)):
         args = spoilt(make(replace(case, dtype=dtype), seed=2), what)
         truth, truth_lse = reference.attn(*args[:3], args[3].clone(), *args[4:])
-        out, lse = ops.attn_cpu(*args, instruction_set)
+        out, lse = ops.attn_cpu(*args, instruction_set=instruction_set)
         assert same_kinds(out, truth)
         assert same_kinds(lse, truth_lse)
         torch.testing.assert_close(out.double(), truth, rtol=1e-2, atol=1e-2, equal_nan=True)
@@ -108,7 +116,7 @@ def test_logits_of_every_size(dtype, instruction_set):
         args = make(Case(n=70, history=(16, 16, 7), dtype=dtype), seed)
         large_logits.enlarge(args[0], args[1], args[3], seed)
         truth, truth_lse = reference.attn(*args[:3], args[3].clone(), *args[4:])
-        out, lse = ops.attn_cpu(*args, instruction_set)
+        out, lse = ops.attn_cpu(*args, instruction_set=instruction_set)
         large_logits.check(out.to(torch.bfloat16), lse, truth, truth_lse, float(truth.abs().max()))
 
 
@@ -118,13 +126,14 @@ def test_logits_beyond_32_bits():
     args[0].fill_(133120.0), args[1].fill_(133120.0)
     args[3][:, 0] = torch.where(args[3][:, 0].isnan(), torch.nan, 133120.0)
     for name in SETS:
-        out, _ = ops.attn_cpu(*args, name)
+        out, _ = ops.attn_cpu(*args, instruction_set=name)
         truth, _ = reference.attn(*args[:3], args[3].clone(), *args[4:])
         assert (out.double() - truth).abs().max() < 1e-5
 
 
+@IN_PAGES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads_and_sets_change_no_bit_or_few(dtype):
+def test_threads_and_sets_change_no_bit_or_few(dtype, make):
     """Any number of threads: the same bits. Another instruction set: another order of nothing but fused products."""
     args = make(Case(n=300, heads=4, kv_heads=2, history=(64,) * 5, page_size=64, dtype=dtype), seed=8)
     threads = torch.get_num_threads()
@@ -133,33 +142,38 @@ def test_threads_and_sets_change_no_bit_or_few(dtype):
             results = []
             for count in (1, 2, 3, 7):
                 torch.set_num_threads(count)
-                results.append(ops.attn_cpu(*args, name))
+                results.append(ops.attn_cpu(*args, instruction_set=name))
             assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
     finally:
         torch.set_num_threads(threads)
 
 
 @IN_EVERY_SET
-def test_rows_of_a_call_do_not_depend_on_each_other(instruction_set):
+@IN_PAGES
+def test_rows_of_a_call_do_not_depend_on_each_other(make, instruction_set):
     """A query row alone, or among any others, has the same bits: whatever tile and strip it falls into."""
     args = list(make(Case(n=75, history=(64, 40), page_size=64), seed=4))
-    out, lse = ops.attn_cpu(*args, instruction_set)
+    out, lse = ops.attn_cpu(*args, instruction_set=instruction_set)
     order = torch.randperm(75, generator=torch.Generator().manual_seed(1))
-    mixed, mixed_lse = ops.attn_cpu(args[0][:, order], *args[1:], instruction_set)
+    mixed, mixed_lse = ops.attn_cpu(args[0][:, order], *args[1:], instruction_set=instruction_set)
     assert torch.equal(mixed, out[:, order])
     assert torch.equal(mixed_lse, lse[..., order])
 
 
 @IN_EVERY_SET
-def test_any_strides(instruction_set):
-    args = make(Case(n=80, history=(16, 4), stored=(16,) * 5, head_dim=96), seed=3)
-    plain = ops.attn_cpu(*args[:3], args[3].clone(), *args[4:], instruction_set)
-    odd = [torch.empty(2, 2, 80, 101).transpose(1, 2)[..., 3:99].copy_(x) for x in args[:3]]
-    assert all(map(torch.equal, plain, ops.attn_cpu(*odd, args[3].clone(), *args[4:], instruction_set)))
+@IN_PAGES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_strides(dtype, make, instruction_set):
+    args = make(Case(n=80, history=(16, 4), stored=(16,) * 5, head_dim=96, dtype=dtype), seed=3)
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+        own = copied((q, k, v, *args[3:]))
+        return [*ops.attn_cpu(*own, instruction_set=instruction_set), *(x.nan_to_num(7) for x in own[3::5])]
+
+    odd = [torch.empty(2, 2, 80, 101, dtype=dtype).transpose(1, 2)[..., 3:99].copy_(x) for x in args[:3]]
+    assert all(map(torch.equal, run(*args[:3]), run(*odd)))
     first = [x[:, :, :1].expand(x.shape) for x in args[:3]]  # heads of stride 0
-    copied = [x.contiguous() for x in first]
-    pair = [ops.attn_cpu(*some, args[3].clone(), *args[4:], instruction_set) for some in (first, copied)]
-    assert all(map(torch.equal, *pair))
+    assert all(map(torch.equal, run(*first), run(*(x.contiguous() for x in first))))
 
 
 @IN_EVERY_SET
@@ -244,7 +258,7 @@ def test_bad_arguments_are_named(name):
 
 def test_an_instruction_set_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="instruction_set is avx9; this machine does not have it"):
-        ops.attn_cpu(*make(Case(n=6)), "avx9")
+        ops.attn_cpu(*make(Case(n=6)), instruction_set="avx9")
 
 
 def test_prepare_qk_names_bad_arguments():

@@ -12,7 +12,7 @@ from amskv_kernels.ops.checks import DTYPES, PlannedAttn
 
 __all__ = ["DTYPES", "PAGE_DTYPES", "append", "attn", "prepare_qk", "prepared_attn", "unavailable"]
 
-PAGE_DTYPES = DTYPES
+PAGE_DTYPES = (*DTYPES, torch.int8)
 
 
 def unavailable(device: torch.device, forced: bool) -> str | None:
@@ -22,10 +22,10 @@ def unavailable(device: torch.device, forced: bool) -> str | None:
 
 def attn(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
-    read_slots: Tensor, write_slots: Tensor, softmax_scale: float,
+    read_slots: Tensor, write_slots: Tensor, softmax_scale: float, page_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `amskv_kernels.ops.attn`."""
-    return torch.ops.amskv.attn_cpu(q, k, v, pages, arena, read_slots, write_slots, softmax_scale)
+    return torch.ops.amskv.attn_cpu(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales)
 
 
 def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
@@ -33,9 +33,11 @@ def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float]
     return planned(torch.ops.amskv.attn_cpu.default, call)
 
 
-def append(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor) -> None:
+def append(
+    k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor, page_scales: Tensor | None = None
+) -> None:  # fmt: skip
     """See `amskv_kernels.ops.append`."""
-    torch.ops.amskv.append_cpu(k, v, pages, arena, write_slots)
+    torch.ops.amskv.append_cpu(k, v, pages, arena, write_slots, page_scales)
 
 
 def prepare_qk(
