@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -29,14 +30,17 @@ uint16_t upper_bits(float x) { return std::bit_cast<uint32_t>(x) >> 16; }
 
 struct Call {
     DType dtype;
+    bool eight_bits;  // pages of int8, `pages` what they stand for
     int batch = 1 + below(2), kv_heads = 1 + below(2), group = 1 + below(3), tokens = 1 + below(150);
     int head_dim = 64 + 32 * below(3), page_size = 16 << below(4);
     int gap = below(3);  // elements between the rows of q, k and v
     std::vector<int32_t> read, write, arena;
     std::vector<float> pages, q, k, v, out, lse;
     std::vector<uint16_t> bf16[5];  // pages, q, k, v, out as a call in bf16 takes them
+    std::vector<int8_t> bytes;
+    std::vector<float> scales;
 
-    explicit Call(DType type) : dtype(type) {
+    Call(DType type, bool int8_pages) : dtype(type), eight_bits(int8_pages) {
         for (int i = below(5); i > 0; --i) read.push_back(below(page_size + 1));
         const int held = below(2) ? below(page_size) : 0;
         for (int left = below(2) ? tokens + held : 0; left > 0; left -= write.back())
@@ -62,17 +66,57 @@ struct Call {
         }
         out.resize(int64_t{batch} * tokens * kv_heads * group * head_dim);
         lse.resize(int64_t{batch} * tokens * kv_heads * group);
+        if (eight_bits) round_pages();
         if (dtype != DType::kBFloat16) return;
-        const auto arrays = {&pages, &q, &k, &v, &out};
-        for (auto* to = bf16; std::vector<float>* const from : arrays) {
-            for (float& x : *from) x = rounded(x);
-            to->resize(from->size());
-            std::transform(from->begin(), from->end(), (to++)->begin(), upper_bits);
+        std::vector<float>* const arrays[] = {&pages, &q, &k, &v, &out};
+        for (int i = eight_bits ? 1 : 0; i < 5; ++i) {
+            for (float& x : *arrays[i]) x = rounded(x);
+            bf16[i].resize(arrays[i]->size());
+            std::transform(arrays[i]->begin(), arrays[i]->end(), bf16[i].begin(), upper_bits);
         }
+    }
+
+    void round_pages() {
+        bytes.assign(pages.size(), 99);
+        scales.assign(pages.size() / head_dim, std::numeric_limits<float>::quiet_NaN());
+        for (size_t row = 0; row < scales.size(); ++row) {
+            float* const x = pages.data() + row * head_dim;
+            if (x[0] != x[0]) continue;  // not named
+            scales[row] = std::abs(*std::max_element(x, x + head_dim, [](float a, float b) {
+                              return std::abs(a) < std::abs(b);
+                          })) / 127;
+            for (int d = 0; d < head_dim; ++d) {
+                bytes[row * head_dim + d] = static_cast<int8_t>(std::nearbyint(x[d] / scales[row]));
+                x[d] = bytes[row * head_dim + d] * scales[row];
+            }
+        }
+    }
+
+    // Whether the rows that the call stored are within half a scale of what they were.
+    bool stored_rounded() const {
+        const int held = std::accumulate(write.begin(), write.end(), 0, [](int sum, int slot) {
+                             return sum + (slot & 255);
+                         }) - tokens;
+        for (int head = 0; head < batch * kv_heads && !write.empty(); ++head) {
+            int token = -held;
+            for (const int32_t slot : write) {
+                const int64_t page = arena[head] + (slot >> kRowsBits);
+                for (int row = 0; row < (slot & 255); ++row, ++token) {
+                    for (int i = 0; i < 2 * head_dim && token >= 0; ++i) {
+                        const int64_t at = (page * 2 + i / head_dim) * page_size + row, d = i % head_dim;
+                        const int64_t from = (int64_t{head / kv_heads} * tokens + token) * kv_heads + head % kv_heads;
+                        const float x = (i < head_dim ? k : v)[from * (head_dim + gap) + d];
+                        if (!(std::abs(bytes[at * head_dim + d] * scales[at] - x) <= 0.501f * scales[at])) return false;
+                    }
+                }
+            }
+        }
+        return true;
     }
 
     void* data(int which) {
         std::vector<float>* const arrays[] = {&pages, &q, &k, &v, &out};
+        if (which == 0 && eight_bits) return bytes.data();
         return dtype == DType::kBFloat16 ? static_cast<void*>(bf16[which].data()) : arrays[which]->data();
     }
 
@@ -94,7 +138,7 @@ struct Call {
         const auto num_pages = static_cast<int32_t>(pages.size() / (2 * half_page()));
         return {
             rows(1, kv_heads * group), rows(2, kv_heads), rows(3, kv_heads),
-            Pool{data(0), arena.data(), page_size, num_pages}, table(read), table(write), data(4), lse.data(),
+            Pool{data(0), arena.data(), page_size, num_pages, eight_bits ? scales.data() : nullptr}, table(read), table(write), data(4), lse.data(),
             0.125f, batch, tokens, kv_heads * group, kv_heads, head_dim, dtype};
     }
 
@@ -133,14 +177,18 @@ struct Call {
     }
 };
 
-bool check_attn(const cpu::InstructionSet& set, DType dtype, cpu::Scratch& scratch) {
+bool check_attn(const cpu::InstructionSet& set, DType dtype, bool int8_pages, cpu::Scratch& scratch) {
     const double allowed = dtype == DType::kBFloat16 ? 4e-2 : 2e-5;  // 4 in bf16: a rounding is 2⁻⁷
-    Call call(dtype);
+    Call call(dtype, int8_pages);
     const std::vector<float> before = call.pages;
     const AttnParams params = call.params();
     const cpu::AttnCut cut = cpu::cut_attn(params, 1 + below(8));
     for (int64_t task = cut.tasks; task-- > 0;) set.attn(params, cut, task, scratch);  // any order
     call.read_out();
+    if (int8_pages && !call.stored_rounded()) {
+        std::printf("%s: stored rows differ: n %d, head_dim %d\n", set.name, call.tokens, call.head_dim);
+        return false;
+    }
     for (int b = 0; b < call.batch; ++b) {
         for (int head = 0; head < params.heads; ++head) {
             const double error = call.error(before, b, head);
@@ -173,8 +221,11 @@ int main(int, char** arguments) {
     const auto scratch = std::make_unique<cpu::Scratch>();
     for (int rank = 0; const cpu::InstructionSet* set = cpu::instruction_set(rank); ++rank) {
         for (int i = std::atoi(arguments[1]); i > 0; --i) {
-            if (!check_attn(*set, DType::kFloat32, *scratch)) return 1;
-            if (!check_attn(*set, DType::kBFloat16, *scratch)) return 1;
+            for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+                for (const bool int8_pages : {false, true}) {
+                    if (!check_attn(*set, dtype, int8_pages, *scratch)) return 1;
+                }
+            }
             run_prepare_qk(*set);
         }
         std::printf("%s\n", set->name);
