@@ -2,8 +2,9 @@
 //
 // Both products of attention are the same one (products.h), with query rows in the lanes: scores[key][row] are
 // K (key, d) · Q (d, row), and out[d][row] is V (d, key) · weights (key, row). So K goes in as it lies, and V is turned
-// on its side, once for all query rows of the task. Weights are rounded to bf16, their sum is not. Rows of eight bits go
-// in without their scales, exactly; a key's scale then multiplies its scores, a value's its weights.
+// on its side, once for all query rows of the task. Weights are rounded to bf16, their sum is not.
+//
+// Rows of eight bits go in without their scales, exactly; a key's scale multiplies its scores, a value's its weights.
 #pragma once
 
 #include "cpu/cpu.h"
@@ -46,7 +47,8 @@ inline void begin_pairs(const AttnParams& p, int batch, int head, int first, int
 template <typename Page>
 BFloat16* pack_rows(const void* const* rows, int first, int end, int head_dim, BFloat16* to) {
     for (int i = first; i < end; ++i, to += head_dim) {
-        for (int d = 0; d < head_dim; d += 2 * kLanes) store_pairs(to + d, load_pairs(static_cast<const Page*>(rows[i]) + d));
+        const auto row = static_cast<const Page*>(rows[i]);
+        for (int d = 0; d < head_dim; d += 2 * kLanes) store_pairs(to + d, load_pairs(row + d));
     }
     return to;
 }

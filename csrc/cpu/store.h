@@ -58,7 +58,8 @@ void store_rows(const AppendParams& p, int batch, int head) {
     for (int i = 0; i < p.write.count; ++i) {
         const int rows = slots[i] & kRowsMask;
         if (rows == 0) continue;
-        int64_t to = (p.pool.arena[batch * p.kv_heads + head] + (slots[i] >> kRowsBits)) * int64_t{2} * p.pool.page_size;
+        const int64_t page = p.pool.arena[batch * p.kv_heads + head] + (slots[i] >> kRowsBits);
+        int64_t to = page * 2 * p.pool.page_size;
         for (const Rows* const x : sides) {
             const T* const from = static_cast<const T*>(x->data) + batch * x->batch_stride + head * x->head_stride;
             for (int64_t row = token < 0 ? -token : 0; row < rows; ++row)

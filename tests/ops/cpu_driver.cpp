@@ -82,9 +82,8 @@ struct Call {
         for (size_t row = 0; row < scales.size(); ++row) {
             float* const x = pages.data() + row * head_dim;
             if (x[0] != x[0]) continue;  // not named
-            scales[row] = std::abs(*std::max_element(x, x + head_dim, [](float a, float b) {
-                              return std::abs(a) < std::abs(b);
-                          })) / 127;
+            const auto smaller = [](float a, float b) { return std::abs(a) < std::abs(b); };
+            scales[row] = std::abs(*std::max_element(x, x + head_dim, smaller)) / 127;
             for (int d = 0; d < head_dim; ++d) {
                 bytes[row * head_dim + d] = static_cast<int8_t>(std::nearbyint(x[d] / scales[row]));
                 x[d] = bytes[row * head_dim + d] * scales[row];
@@ -94,9 +93,8 @@ struct Call {
 
     // Whether the rows that the call stored are within half a scale of what they were.
     bool stored_rounded() const {
-        const int held = std::accumulate(write.begin(), write.end(), 0, [](int sum, int slot) {
-                             return sum + (slot & 255);
-                         }) - tokens;
+        const auto add_rows = [](int sum, int slot) { return sum + (slot & 255); };
+        const int held = std::accumulate(write.begin(), write.end(), -tokens, add_rows);
         for (int head = 0; head < batch * kv_heads && !write.empty(); ++head) {
             int token = -held;
             for (const int32_t slot : write) {
@@ -138,7 +136,8 @@ struct Call {
         const auto num_pages = static_cast<int32_t>(pages.size() / (2 * half_page()));
         return {
             rows(1, kv_heads * group), rows(2, kv_heads), rows(3, kv_heads),
-            Pool{data(0), arena.data(), page_size, num_pages, eight_bits ? scales.data() : nullptr}, table(read), table(write), data(4), lse.data(),
+            Pool{data(0), arena.data(), page_size, num_pages, eight_bits ? scales.data() : nullptr},
+            table(read), table(write), data(4), lse.data(),
             0.125f, batch, tokens, kv_heads * group, kv_heads, head_dim, dtype};
     }
 

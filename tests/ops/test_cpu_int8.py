@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_cpu import DTYPES, IN_EVERY_SET, check, copied, ops, pytestmark  # noqa: F401
 from torch import Tensor
 
-from amskv_kernels.ops import reference
+from amskv_kernels.ops import choose, reference
 from amskv_kernels.ops.quantise import LEAST_ROW, dequantise, quantise
 
 
@@ -144,6 +144,12 @@ def test_the_current_scale_is_not_rounded(dtype, instruction_set):
     kept, exactly = dequantise(rounded[3][page], rounded[8][page])[:, :6], plain[3][page][:, :6].float()
     assert ((kept - exactly).abs() <= 0.51 * rounded[8][page][:, :6, None]).all()
     assert not torch.equal(kept, exactly)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_library_serves_int8_pages_where_there_is_no_gpu(dtype):
+    for op in ("attn", "append"):
+        assert choose(op, "cpu", dtype, torch.int8).backend == "cpu"
 
 
 REFUSED = {
