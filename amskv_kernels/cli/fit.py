@@ -22,6 +22,7 @@ SHOWN_MEMORY = 8 * 2**30  # bytes that "images that fit" are counted in where no
 TRIES = 12  # at a budget whose pool, in whole pages, fits the memory
 EPILOG = """\
 for example:
+  amskv fit --kept 25    # of the digits that a clone has
   amskv fit --var var_d16.pth --vae vae_ch160v4096z32.pth --memory 8GiB --images 64
 
 writes to --out: losses.json (what was measured), policy.json (what was fitted: --policy lifetimes@policy.json, which
@@ -79,8 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     """ValueError for arguments that do not go together."""
-    if (arguments.stack is None) == (arguments.var is None or arguments.vae is None):
-        raise ValueError("give --var and --vae, or --stack")
+    files = (arguments.var is not None, arguments.vae is not None)
+    if any(files) and (not all(files) or arguments.stack is not None):
+        raise ValueError("give --var and --vae, or --stack, or none of them for the digits of a clone")
     ways = (arguments.memory is not None and arguments.images is not None, arguments.saved, arguments.kept)
     if sum(bool(way) for way in ways) != 1 or (arguments.images is not None and not ways[0]):
         raise ValueError("give --memory with --images, or --saved, or --kept: what the caches may take")

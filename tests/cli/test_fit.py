@@ -51,6 +51,15 @@ def test_a_checkpoint_gets_its_policy(files, tmp_path, capsys, budget):
     assert (tmp_path / "again" / "policy.json").exists() and not (tmp_path / "again" / "losses.json").exists()
 
 
+def test_the_digits_are_there_where_no_model_is_named(tmp_path, capsys):
+    assert main(["fit", "--kept", "25", "--measure", "1", "--draw", "1", "--out", str(tmp_path)]) == 0
+    assert "least loss, by layer" in capsys.readouterr().out
+    losses = Losses.load(tmp_path / "losses.json")
+    assert (losses.num_layers, losses.schedule) == (8, ScaleSchedule.named("var-256").sizes)
+    assert main(["fit", "--kept", "25", "--var", "var.pth", "--out", str(tmp_path)]) == 2
+    assert "give --var and --vae, or --stack, or none of them" in capsys.readouterr().err
+
+
 def test_a_stack_of_random_weights_runs_too(tmp_path, capsys):
     stack = ["--stack", "2,128,2", "--schedule", "infinity-0.06m-1.000"]
     assert main(["fit", *stack, "--kept", "25", "--measure", "1", "--draw", "1", "--out", str(tmp_path)]) == 0
