@@ -142,6 +142,11 @@ def test_a_layer_whose_losses_are_larger_keeps_more():
     assert rows[2] == max(rows) > 2 * sorted(rows)[2]
 
 
+def test_few_layers_come_close_to_the_bound():
+    losses = random_losses(ScaleSchedule.named("var-256"), 24, 2, 2)
+    assert all(LeastLoss(budget, losses).fit.gap < 0.015 for budget in (60, 100, 250))
+
+
 def test_many_rows_start_from_the_prices_of_a_part():
     schedule = ScaleSchedule([(1, 1), (2, 2), (3, 3), (4, 4), (6, 6)])
     losses = random_losses(schedule, 24, 8, 5)
