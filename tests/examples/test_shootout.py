@@ -50,6 +50,20 @@ def test_tables_of_the_committed_result():
     assert tables.worth(result["scales"]).count("\n") == len(VAR_256)
 
 
+@pytest.mark.parametrize("share", contestants.SHARES)
+def test_the_committed_result_shows_what_the_docs_say(share):
+    """Ahead, image by image, by more than the standard error."""
+    rows = json.loads(RESULT.read_text(encoding="utf-8"))["rows"]
+    for ours, rivals in {
+        "LeastLoss": contestants.RIVALS,
+        "AMS-KV": contestants.WINDOWS,
+        "AMS-KV, calibrated": contestants.WINDOWS,
+    }.items():
+        for rival in rivals:
+            mean, error = shootout.ahead(rows, ours, rival, share)
+            assert mean > error, (ours, rival)
+
+
 def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     losses = random_losses(VAR_256, 8, 2, 0)
     policies = {("LeastLoss", 0.25): LeastLoss(170, losses), ("LeastLoss", 0.1): LeastLoss(68, losses)}
