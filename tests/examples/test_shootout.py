@@ -60,7 +60,7 @@ def test_the_committed_result_shows_what_the_docs_say(share):
         "AMS-KV, calibrated": contestants.WINDOWS,
     }.items():
         for rival in rivals:
-            mean, error = shootout.ahead(rows, ours, rival, share)
+            mean, error = tables.ahead(rows, ours, rival, share)
             assert mean > error, (ours, rival)
 
 
