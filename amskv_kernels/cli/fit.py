@@ -151,5 +151,6 @@ def _policies(arguments: argparse.Namespace, subject: Subject, losses: Losses, b
         policies[f"least loss, by {by}"] = fitted = LeastLoss(budget, losses, by, arguments.protected)
         _ = fitted.fit  # a budget that is too small is told before anything is drawn
     with suppress(ValueError):  # too small for its condensed scales
-        policies["AMS-KV"] = AMSKV.for_budget(shape.schedule, shape.layers, budget, losses=losses)
+        condensed = arguments.protected or None  # what loses least
+        policies["AMS-KV"] = AMSKV.for_budget(shape.schedule, shape.layers, budget, None, condensed, losses)
     return policies

@@ -1,17 +1,19 @@
 """`amskv fit` from end to end on models of a few weights: what it prints, writes, and refuses."""
 
 import json
+from argparse import Namespace
 
 import pytest
+from test_allocation import random_losses
 
 from amskv_kernels import CachePlan, ScaleSchedule, parse_policy
 from amskv_kernels.cli import main
 from amskv_kernels.cli.drawing import RandomStack
-from amskv_kernels.cli.fit import memory
+from amskv_kernels.cli.fit import _policies, memory
 from amskv_kernels.models import VAR, VQVAE, VARConfig, VQVAEConfig
 from amskv_kernels.models.checkpoint import save
 from amskv_kernels.models.infinity import InfinityConfig, InfinityStack
-from amskv_kernels.policies import Full, Losses
+from amskv_kernels.policies import Full, Losses, Tokens
 
 SCHEDULE = ScaleSchedule([(1, 1), (2, 2), (3, 3), (4, 4)])
 VAR_SIZES = {"depth": 3, "embed_dim": 128, "num_heads": 2, "vocab_size": 32, "z_channels": 8, "num_classes": 3}
@@ -66,6 +68,20 @@ def test_a_stack_of_random_weights_runs_too(tmp_path, capsys):
     assert "least loss, by head" in capsys.readouterr().out
     losses = Losses.load(tmp_path / "losses.json")
     assert (losses.num_layers, losses.kv_heads, losses.images) == (2, 2, 1)
+
+
+def test_what_is_protected_is_protected_in_every_row():
+    schedule = ScaleSchedule([(1, 1), (2, 2), (3, 3), (4, 4), (5, 5)])
+    losses = random_losses(schedule, 2, 2, 0)
+    losses.gram[..., 1, :] = losses.gram[..., 1] = (
+        0  # nothing is lost by forgetting the second scale, for the third there would be room
+    )
+    stack = InfinityStack(InfinityConfig(2, 128, 2, chunks=1)).requires_grad_(False)
+    policies = _policies(Namespace(protected=2), RandomStack.of(stack, schedule), losses, Tokens(10))
+    assert len(policies) == 4
+    for name, policy in policies.items():
+        for layer in range(2):
+            assert all({0, 1} <= set(policy.visible(schedule, layer, step)) for step in range(2, 5)), name
 
 
 def test_calibrate_measures_losses(files, tmp_path, capsys):
