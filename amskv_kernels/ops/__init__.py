@@ -19,6 +19,7 @@ __all__ = [
     "SCHEMAS",
     "append",
     "attn",
+    "attn_ragged",
     "backend",
     "choose",
     "compact",
@@ -65,6 +66,44 @@ def attn(
     check_tensors(q=q, k=k, v=v, pages=pages, arena=arena, read_slots=read_slots, write_slots=write_slots)
     real_number("softmax_scale", softmax_scale)
     return torch.ops.amskv.attn.default(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales)
+
+
+def attn_ragged(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, write_slots: Tensor,
+    row_starts: Tensor, softmax_scale: float, page_scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`attn` for sequences of different lengths, packed one after the other: `torch.ops.amskv.attn_ragged`.
+
+    One launch for N sequences that may each be at another step; to rounding what N calls of `attn` give, one sequence
+    each, and bit for bit on the CPU. Pages of int8 are as there.
+
+    Args:
+        q: (T, H, D), the rows of all sequences; strides and dtypes as for `attn`.
+        k: (T, Hkv, D), as q.
+        v: as k.
+        pages: as for `attn`.
+        arena: (N, Hkv) int32.
+        read_slots: (N|1, Hkv|1, S) int32, short tables padded with 0.
+        write_slots: as read_slots, with its own S. A page that one sequence writes no other may read.
+        row_starts: (N + 1,) int32 on q's device, ascending from 0 to T: sequence i has the rows row_starts[i] …
+            row_starts[i + 1] − 1. Held against T on the CPU and in debug mode.
+        softmax_scale: as for `attn`.
+        page_scales: as for `attn`.
+
+    Returns:
+        out (T, H, D), contiguous, q's dtype, and lse (H, T) fp32, natural log.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong device, shape, stride, head count, slot table or row start.
+        RuntimeError: autograd would record the call.
+    """
+    check_tensors(
+        q=q, k=k, v=v, pages=pages, arena=arena, read_slots=read_slots, write_slots=write_slots, row_starts=row_starts
+    )
+    real_number("softmax_scale", softmax_scale)
+    return torch.ops.amskv.attn_ragged.default(
+        q, k, v, pages, arena, read_slots, write_slots, row_starts, softmax_scale, page_scales
+    )
 
 
 def append(
@@ -165,5 +204,5 @@ def compact(
     torch.ops.amskv.compact.default(pages, arena, src_slots, k, v, keep, dst_slots, page_scales)
 
 
-for _function in (attn, append, prepare_qk, window_scores, compact):
+for _function in (attn, attn_ragged, append, prepare_qk, window_scores, compact):
     getattr(torch.ops.amskv, _function.__name__).__doc__ = _function.__doc__

@@ -72,6 +72,24 @@ def check_attn(
     _check_scale(softmax_scale)
 
 
+def check_attn_ragged(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, write_slots: Tensor,
+    row_starts: Tensor, softmax_scale: float, page_scales: Tensor | None,
+) -> None:  # fmt: skip
+    """Raise TypeError (dtype) or ValueError (anything else) for arguments that `attn_ragged` cannot take."""
+    _check_rows("q", q, "(T, H, D)")
+    _check_rows("k", k, "(T, Hkv, D)")
+    _check_table("row_starts", row_starts, k)
+    if row_starts.dim() != 1 or not len(row_starts):
+        raise ValueError(f"row_starts has shape {_shape(row_starts)}; it must be (N + 1,) for N sequences")
+    sequences = len(row_starts) - 1
+    _check_current(k, v, pages, arena, page_scales, "(T, Hkv, D)", sequences)
+    _check_queries("q", q, k, same_rows=True)
+    _check_slots("read_slots", read_slots, k, sequences)
+    _check_slots("write_slots", write_slots, k, sequences)
+    _check_scale(softmax_scale)
+
+
 def check_append(
     k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor, page_scales: Tensor | None
 ) -> None:  # fmt: skip
@@ -210,12 +228,12 @@ def _check_queries(name: str, q: Tensor, k: Tensor, same_rows: bool) -> None:
         raise TypeError(f"{name} is {q.dtype}; it must be {k.dtype}, as k")
     if q.device != k.device:
         raise ValueError(f"{name} is on {q.device}; it must be on {k.device}, as k")
-    dims = (0, 1, 3) if same_rows else (0, 3)
-    if any(q.shape[i] != k.shape[i] for i in dims):
-        which = "B, n and D" if same_rows else "B and D"
+    dims = tuple(range(k.dim() - 2)) if same_rows else (0,)
+    if any(q.shape[i] != k.shape[i] for i in (*dims, -1)):
+        which = ("T and D" if k.dim() == 3 else "B, n and D") if same_rows else "B and D"
         raise ValueError(f"{name} has shape {_shape(q)}; its {which} must be those of k, which has shape {_shape(k)}")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{name} has {q.shape[2]} heads; they must be a multiple of the {k.shape[2]} KV heads of k")
+    if q.shape[-2] % k.shape[-2]:
+        raise ValueError(f"{name} has {q.shape[-2]} heads; they must be a multiple of the {k.shape[-2]} KV heads of k")
 
 
 def _check_scale(softmax_scale: float) -> None:
@@ -223,9 +241,12 @@ def _check_scale(softmax_scale: float) -> None:
         raise ValueError(f"softmax_scale is {softmax_scale}; it must be finite and above 0, in fp32 as well")
 
 
-def _check_current(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, page_scales: Tensor | None) -> None:
-    _check_rows("k", k, "(B, n, Hkv, D)")
-    _check_rows("v", v, "(B, n, Hkv, D)")
+def _check_current(
+    k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, page_scales: Tensor | None, layout: str = "(B, n, Hkv, D)",
+    sequences: int | None = None,
+) -> None:  # fmt: skip
+    _check_rows("k", k, layout)
+    _check_rows("v", v, layout)
     instance_of("pages", pages, Tensor)
     if v.shape != k.shape:
         raise ValueError(f"v has shape {_shape(v)}; it must have that of k, {_shape(k)}")
@@ -236,16 +257,18 @@ def _check_current(k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, page_scal
     for name, tensor in (("v", v), ("pages", pages)):
         if tensor.device != k.device:
             raise ValueError(f"{name} is on {tensor.device}; it must be on {k.device}, as k")
-    if pages.dim() != 4 or pages.shape[1] != 2 or pages.shape[3] != k.shape[3]:
-        raise ValueError(f"pages has shape {_shape(pages)}; it must be (num_pages, 2, page_size, D = {k.shape[3]})")
+    if pages.dim() != 4 or pages.shape[1] != 2 or pages.shape[3] != k.shape[-1]:
+        raise ValueError(f"pages has shape {_shape(pages)}; it must be (num_pages, 2, page_size, D = {k.shape[-1]})")
     if pages.shape[2] not in PAGE_SIZES:
         raise ValueError(f"pages has a page_size of {pages.shape[2]}; it must be one of {PAGE_SIZES}")
     if not pages.is_contiguous():
         raise ValueError(f"pages has strides {tuple(pages.stride())}; it must be contiguous")
     _check_page_scales(page_scales, pages)
     _check_table("arena", arena, k)
-    if arena.dim() != 2 or arena.shape[0] != k.shape[0] or arena.shape[1] != k.shape[2]:
-        raise ValueError(f"arena has shape {_shape(arena)}; it must be (B, Hkv) = ({k.shape[0]}, {k.shape[2]})")
+    batch, heads = len(k) if sequences is None else sequences, k.shape[-2]
+    if arena.dim() != 2 or arena.shape[0] != batch or arena.shape[1] != heads:
+        which = "B" if sequences is None else "N"
+        raise ValueError(f"arena has shape {_shape(arena)}; it must be ({which}, Hkv) = ({batch}, {heads})")
 
 
 def _check_page_scales(page_scales: Tensor | None, pages: Tensor) -> None:
@@ -271,23 +294,25 @@ def _check_page_scales(page_scales: Tensor | None, pages: Tensor) -> None:
 
 def _check_rows(name: str, x: Tensor, layout: str) -> None:
     instance_of(name, x, Tensor)
-    if x.dim() != 4:
-        raise ValueError(f"{name} has {x.dim()} dimensions; it must have 4, {layout}")
+    dims = layout.count(",") + 1
+    if x.dim() != dims:
+        raise ValueError(f"{name} has {x.dim()} dimensions; it must have {dims}, {layout}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} is {x.dtype}; it must be one of {', '.join(str(d) for d in DTYPES)}")
-    if x.shape[3] not in HEAD_DIMS:
-        raise ValueError(f"{name} has head_dim {x.shape[3]}; it must be one of {HEAD_DIMS}")
-    if x.shape[2] < 1:
+    if x.shape[-1] not in HEAD_DIMS:
+        raise ValueError(f"{name} has head_dim {x.shape[-1]}; it must be one of {HEAD_DIMS}")
+    if x.shape[-2] < 1:
         raise ValueError(f"{name} has no heads; it must have at least 1")
-    if x.stride(3) != 1:
-        raise ValueError(f"{name} has stride {x.stride(3)} in its last dimension; it must be 1")
+    if x.stride(-1) != 1:
+        raise ValueError(f"{name} has stride {x.stride(-1)} in its last dimension; it must be 1")
 
 
-def _check_slots(name: str, slots: Tensor, k: Tensor) -> None:
+def _check_slots(name: str, slots: Tensor, k: Tensor, sequences: int | None = None) -> None:
     _check_table(name, slots, k)
-    if slots.dim() != 3 or slots.shape[0] not in (1, k.shape[0]) or slots.shape[1] not in (1, k.shape[2]):
+    which, batch, heads = "B" if sequences is None else "N", len(k) if sequences is None else sequences, k.shape[-2]
+    if slots.dim() != 3 or slots.shape[0] not in (1, batch) or slots.shape[1] not in (1, heads):
         raise ValueError(
-            f"{name} has shape {_shape(slots)}; it must be (B|1, Hkv|1, S) with B = {k.shape[0]}, Hkv = {k.shape[2]}"
+            f"{name} has shape {_shape(slots)}; it must be ({which}|1, Hkv|1, S) with {which} = {batch}, Hkv = {heads}"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,24 @@ def attn(
     lse[lse == torch.inf] = torch.nan
     append(k, v, pages, arena, write_slots, page_scales)
     return out, lse
+
+
+def attn_ragged(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, write_slots: Tensor,
+    row_starts: Tensor, softmax_scale: float, page_scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`attn` of every sequence by itself.
+
+    Returns:
+        out (T, H, D) and lse (H, T), both fp64.
+    """
+    found = []
+    for i, (start, end) in enumerate(pairwise(row_starts.tolist())):
+        own_q, own_k, own_v = (x[None, start:end] for x in (q, k, v))
+        own_arena, read, write = (x[i % len(x)][None] for x in (arena, read_slots, write_slots))
+        found.append(attn(own_q, own_k, own_v, pages, own_arena, read, write, softmax_scale, page_scales))
+    out, lse = zip(*found, strict=True)
+    return torch.cat(out, 1)[0], torch.cat(lse, 2)[0]
 
 
 def append(

@@ -12,6 +12,7 @@ from amskv_kernels.ops.checks import (
     check_apart,
     check_append,
     check_attn,
+    check_attn_ragged,
     check_compact,
     check_prepare_qk,
     check_window_scores,
@@ -19,7 +20,7 @@ from amskv_kernels.ops.checks import (
 from amskv_kernels.ops.dispatch import backend_of, settings
 from amskv_kernels.ops.guard import plain_kernels, refuse_backward
 from amskv_kernels.ops.schemas import FAKES, SCHEMAS
-from amskv_kernels.ops.tables import check_keep, check_tables
+from amskv_kernels.ops.tables import check_keep, check_row_starts, check_tables
 
 
 def attn(
@@ -35,6 +36,22 @@ def attn(
         return q.new_empty(q.shape), q.new_empty(batch, heads, n, dtype=torch.float32)
     module = backend_of("attn", k.device, k.dtype, pages.dtype)
     return module.attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, *_given(page_scales))
+
+
+def attn_ragged(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, write_slots: Tensor,
+    row_starts: Tensor, softmax_scale: float, page_scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_attn_ragged(q, k, v, pages, arena, read_slots, write_slots, row_starts, softmax_scale, page_scales)
+    check_apart(pages, page_scales, write_slots, q=q, k=k, v=v)
+    if _tables_are_read(pages):
+        check_tables(pages, arena, read_slots, write_slots, check_row_starts(row_starts, len(q)))
+    if q.numel() == 0:
+        return q.new_empty(q.shape), q.new_empty(q.shape[1], 0, dtype=torch.float32)
+    module = backend_of("attn_ragged", k.device, k.dtype, pages.dtype)
+    return module.attn_ragged(
+        q, k, v, pages, arena, read_slots, write_slots, row_starts, softmax_scale, *_given(page_scales)
+    )
 
 
 def append(
@@ -107,7 +124,7 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _register() -> torch.library.Library:
     library = torch.library.Library("amskv", "FRAGMENT")
-    for function in (attn, append, prepare_qk, window_scores, compact):
+    for function in (attn, attn_ragged, append, prepare_qk, window_scores, compact):
         name = function.__name__
         library.define(name + SCHEMAS[name], tags=())
         for key in ("CPU", "CUDA", "CompositeExplicitAutograd"):  # the last: a call without any tensor, to be refused

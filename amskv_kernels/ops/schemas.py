@@ -8,11 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amskv_kernels.ops.checks import check_append, check_attn, check_compact, check_prepare_qk, check_window_scores
+from amskv_kernels.ops.checks import (
+    check_append,
+    check_attn,
+    check_attn_ragged,
+    check_compact,
+    check_prepare_qk,
+    check_window_scores,
+)
 
 SCHEMAS = {
     "attn": "(Tensor q, Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor read_slots, Tensor write_slots, "
     "float softmax_scale, Tensor(b!)? page_scales=None) -> (Tensor, Tensor)",
+    "attn_ragged": "(Tensor q, Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor read_slots, "
+    "Tensor write_slots, Tensor row_starts, float softmax_scale, Tensor(b!)? page_scales=None) -> (Tensor, Tensor)",
     "append": "(Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor write_slots, "
     "Tensor(b!)? page_scales=None) -> ()",
     "prepare_qk": "(Tensor qkv, int kv_heads, Tensor? q_scale=None, Tensor? cos=None, Tensor? sin=None, "
@@ -31,6 +40,14 @@ def fake_attn(
     check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales)
     batch, n, heads, head_dim = q.shape
     return q.new_empty(batch, n, heads, head_dim), q.new_empty(batch, heads, n, dtype=torch.float32)
+
+
+def fake_attn_ragged(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, write_slots: Tensor,
+    row_starts: Tensor, softmax_scale: float, page_scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_attn_ragged(q, k, v, pages, arena, read_slots, write_slots, row_starts, softmax_scale, page_scales)
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], len(q), dtype=torch.float32)
 
 
 def fake_append(
@@ -66,6 +83,7 @@ def fake_compact(
 
 FAKES: dict[str, Callable[..., Any]] = {
     "attn": fake_attn,
+    "attn_ragged": fake_attn_ragged,
     "append": fake_append,
     "prepare_qk": fake_prepare_qk,
     "window_scores": fake_window_scores,

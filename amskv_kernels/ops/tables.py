@@ -8,30 +8,40 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from amskv_kernels.arguments import shown
 from amskv_kernels.planning.layout import ROWS_BITS, ROWS_MASK
 
 Table = npt.NDArray[np.int64]
 
 
-def check_tables(pages: Tensor, arena: Tensor, read_slots: Tensor, write_slots: Tensor, n: int) -> None:
+def check_row_starts(row_starts: Tensor, rows: int) -> Table:
+    """(N,) rows of every sequence; a ValueError where they do not cover all the `rows` of q in order."""
+    starts = _on_host(row_starts)
+    if starts[0] != 0 or starts[-1] != rows or (np.diff(starts) < 0).any():
+        raise ValueError(f"row_starts is {shown(starts.tolist())}; it must ascend from 0 to the {rows} rows of q")
+    return np.diff(starts)
+
+
+def check_tables(pages: Tensor, arena: Tensor, read_slots: Tensor, write_slots: Tensor, n: int | Table) -> None:
     """Raise ValueError for slots that point outside the pool, overlap, or read what the same call writes.
 
+    `n` is one number or one per sequence, (B,).
     Runs for every raw call on the CPU, 30 µs, and elsewhere in debug mode only.
     """
     num_pages, _, page_size, _ = pages.shape
-    first = _on_host(arena)
+    first, rows = _on_host(arena), np.broadcast_to(np.reshape(n, (-1, 1)), (len(arena), 1))
     read_page, read_rows = _named("read_slots", first, read_slots, num_pages, page_size)
     write_page, write_rows = _named("write_slots", first, write_slots, num_pages, page_size)
     if write_rows.size == 0:
         return
     total, lead = write_rows.sum(-1), (write_rows > 0).argmax(-1)[..., None]
     first_rows, first_page = (np.take_along_axis(x, lead, -1)[..., 0] for x in (write_rows, write_page))
-    stores, kept = total > 0, total - n  # `kept`: rows that the first page already holds
+    stores, kept = total > 0, total - rows  # `kept`: rows that the first page already holds
     wrong = stores & ((kept < 0) | (kept >= first_rows))
     if wrong.any():
         raise ValueError(
-            f"write_slots name {total[wrong][0]} rows for the {n} rows of k; they must name {n}, plus the rows "
-            f"that the first page already holds"
+            f"write_slots name {total[wrong][0]} rows for the {(n := (total - kept)[wrong][0])} rows of k; they must "
+            f"name {n}, plus the rows that the first page already holds"
         )
     written = write_page[write_rows > 0]
     if np.unique(written).size != written.size:

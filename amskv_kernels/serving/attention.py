@@ -1,4 +1,4 @@
-"""The attention of one tick: every sequence over its own pages, at its own step."""
+"""The attention of one tick: every sequence over its own pages, at its own step, in one call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from amskv_kernels.serving.pool import UnitPool
 
 
 class PoolAttention:
-    """Runs `torch.ops.amskv.attn` over the pool, for all sequences of a tick.
+    """Runs `torch.ops.amskv.attn_ragged` over the pool, for all sequences of a tick.
 
     Args:
         pool: whose pages hold the history.
@@ -23,25 +23,22 @@ class PoolAttention:
     def __init__(self, pool: UnitPool, rows: int) -> None:
         self.pool = pool
         self._tables = Tables(pool, rows)
-        self._groups: Sequence[Group] = ()
-        self._slots: tuple[Tensor, Tensor]
+        self._call: tuple[Tensor, Tensor, Tensor, Tensor]
 
     def begin(self, groups: Sequence[Group]) -> None:
         """A tick whose units have been taken: its tables go to the device, once for all layers."""
-        self._groups = groups
-        self._tables.fill(groups)
-        device = self.pool.pages.device
-        read, write = torch.from_numpy(self._tables.read), torch.from_numpy(self._tables.write)
-        self._slots = (read.to(device), write.to(device))
+        tables, sequences, device = self._tables, groups[-1].last, self.pool.pages.device
+        tables.fill(groups)
+        self._rows = groups[-1].rows.stop
+        read, write = (torch.from_numpy(table).to(device) for table in (tables.read, tables.write))
+        starts = torch.from_numpy(tables.starts[: sequences + 1]).to(device)
+        self._call = (self.pool.arena[:sequences], read[:, :sequences], write[:, :sequences], starts)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, out: Tensor) -> None:
         """q, k, v (T, H, D) -> out (T, H, D); see `PackedAttention`."""
-        read, write = (slots[layer] for slots in self._slots)
-        for group in self._groups:
-            rows, own = group.rows, slice(group.first, group.last)
-            shape = (group.sequences, group.tokens)
-            found, _ = torch.ops.amskv.attn.default(
-                *(x[rows].unflatten(0, shape) for x in (q, k, v)), self.pool.pages, self.pool.arena[own], read[own],
-                write[own], softmax_scale, self.pool.page_scales,
-            )  # fmt: skip
-            out[rows] = found.flatten(0, 1)
+        rows, (arena, read, write, starts) = self._rows, self._call
+        found, _ = torch.ops.amskv.attn_ragged.default(
+            q[:rows], k[:rows], v[:rows], self.pool.pages, arena, read[layer], write[layer], starts, softmax_scale,
+            self.pool.page_scales,
+        )  # fmt: skip
+        out[:rows] = found

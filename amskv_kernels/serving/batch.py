@@ -88,17 +88,19 @@ def groups_of(steps: npt.NDArray[np.int64], guided: npt.NDArray[np.bool_], token
 
 
 class Tables:
-    """Slot tables of all layers, filled anew every tick in the same memory.
+    """Slot tables of all layers and where rows begin, filled anew every tick in the same memory.
 
     Attributes:
         read: (L, sequences at most, heads, S) slots of the history; those of a tick are the first of them.
         write: as read, with its own S.
+        starts: (sequences at most + 1,) packed row that each begins with.
     """
 
     def __init__(self, pool: UnitPool, rows: int) -> None:
         steps, plan = pool.plan.steps, pool.plan.plan
         sizes = (max(step.read.shape[2] for step in steps), max(step.write.shape[2] for step in steps))
         self.read, self.write = (np.zeros((plan.num_layers, rows, plan.heads, size), dtype=np.int32) for size in sizes)
+        self.starts = np.zeros(rows + 1, dtype=np.int32)
         self._pool = pool
 
     def fill(self, groups: Sequence[Group]) -> None:
@@ -109,6 +111,7 @@ class Tables:
                 own = table[:, group.first : group.last]
                 own[..., : slots.shape[2]] = remapped(slots, maps)
                 own[..., slots.shape[2] :] = 0
+            self.starts[group.first : group.last + 1] = group.row + group.tokens * np.arange(group.sequences + 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from attn_cases import Case, make
 from extra_cases import make_compact, make_qk, make_scores
+from ragged_cases import Ragged, make_ragged
 
 import amskv_kernels
 from amskv_kernels import AMSKV, CachePlan, Full, PagedKVCache, ScaleSchedule, ops
@@ -28,6 +29,7 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[list, list[int]
     pages, *rest = make_compact(Case(n=5, history=(16, 3), stored=(5,), dtype=dtype), (9,))
     return {
         "attn": (attn, [0, 1, 2]),
+        "attn_ragged": (list(make_ragged(Ragged((4, 1, 7), heads=4, dtype=dtype), 3)), [0, 1, 2]),
         "append": ([*attn[1:5], attn[6]], [0, 1]),
         "prepare_qk": ([make_qk((2, 5, 6, 2, 64), (), dtype)["qkv"], 2], [0]),
         "window_scores": ([*make_scores(case), "softmax"], [0, 1]),

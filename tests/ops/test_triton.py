@@ -32,6 +32,7 @@ from extra_cases import (
     make_qk,
     make_scores,
 )
+from ragged_cases import Ragged, make_ragged
 from test_contract import EMPTY, check_empty_calls
 
 import amskv_kernels
@@ -345,3 +346,29 @@ def test_a_launch_compiles_offline_to_the_instructions_meant(eight_bit):
     assert row["wgmma"] > 0
     assert row["cp.async 16 B"] > 0
     assert not kernel_report.faults(row)
+
+
+RAGGED = [
+    Ragged((1, 4, 9, 0, 16, 25)),
+    Ragged((40, 0, 3), heads=6, kv_heads=3, head_dim=96, dtype=HALF),
+    Ragged((70, 1, 33), heads=4, kv_heads=1, page_size=32, entries=7, per_head=True, dtype=HALF),
+    Ragged((150, 17), head_dim=128, page_size=64, dtype=BF16),
+]
+
+
+@interpreted
+@pytest.mark.parametrize("case", RAGGED, ids=str)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_ragged_sequences_in_one_launch(forced, monkeypatch, arch, case):
+    from amskv_kernels.ops.backends.triton import attn_ragged
+    from amskv_kernels.ops.backends.triton.common import Device
+
+    monkeypatch.setattr(attn_ragged, "describe", lambda _: Device(arch, 1))
+    args = make_ragged(case, seed_of(case))
+    pages = args[3].clone()
+    truth, truth_lse = reference.attn_ragged(*args[:3], pages, *args[4:])
+    out, lse = torch.ops.amskv.attn_ragged(*args)
+    limit = {torch.float32: 2e-6, HALF: 4e-3, BF16: 6e-2}[case.dtype]
+    assert out.dtype == case.dtype and (out.double() - truth).abs().max() <= limit
+    assert (lse.double() - truth_lse).abs().max() < 1e-5
+    assert torch.equal(args[3].view(torch.uint8), pages.view(torch.uint8)), "every byte, NaN included"

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from amskv_kernels.ops.checks import DTYPES, PAGE_DTYPES, PlannedAttn
 from amskv_kernels.ops.quantise import dequantise, quantise
+from amskv_kernels.ops.ragged import by_neighbours
 from amskv_kernels.planning.layout import ROWS_BITS, ROWS_MASK
 
 __all__ = [
-    "DTYPES", "PAGE_DTYPES", "append", "attn", "compact", "prepare_qk", "prepared_attn", "unavailable", "window_scores",
+    "DTYPES", "PAGE_DTYPES", "append", "attn", "attn_ragged", "compact", "prepare_qk", "prepared_attn", "unavailable",
+    "window_scores",
 ]  # fmt: skip
 
 Table = npt.NDArray[np.int64]
@@ -40,6 +42,15 @@ def attn(
     history = _History.of(first, read_slots, pages.shape[2], k.shape[1])
     store = _Store.of(first, write_slots, pages.shape[2], k.shape[1])
     return _attend(q, k, v, pool, history, store, softmax_scale)
+
+
+def attn_ragged(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, write_slots: Tensor,
+    row_starts: Tensor, softmax_scale: float, page_scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `amskv_kernels.ops.attn_ragged`."""
+    given = () if page_scales is None else (page_scales,)
+    return by_neighbours(attn, q, k, v, pages, arena, read_slots, write_slots, row_starts, softmax_scale, *given)
 
 
 def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:

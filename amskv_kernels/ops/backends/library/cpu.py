@@ -9,8 +9,9 @@ from torch import Tensor
 
 from amskv_kernels.ops.backends.library import planned, why_not_loaded
 from amskv_kernels.ops.checks import DTYPES, PlannedAttn
+from amskv_kernels.ops.ragged import by_neighbours
 
-__all__ = ["DTYPES", "PAGE_DTYPES", "append", "attn", "prepare_qk", "prepared_attn", "unavailable"]
+__all__ = ["DTYPES", "PAGE_DTYPES", "append", "attn", "attn_ragged", "prepare_qk", "prepared_attn", "unavailable"]
 
 PAGE_DTYPES = (*DTYPES, torch.int8)
 
@@ -26,6 +27,14 @@ def attn(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `amskv_kernels.ops.attn`."""
     return torch.ops.amskv.attn_cpu(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales)
+
+
+def attn_ragged(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, write_slots: Tensor,
+    row_starts: Tensor, softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `amskv_kernels.ops.attn_ragged`."""
+    return by_neighbours(attn, q, k, v, pages, arena, read_slots, write_slots, row_starts, softmax_scale)
 
 
 def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:

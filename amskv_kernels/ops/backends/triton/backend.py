@@ -16,6 +16,7 @@ __all__ = [
     "PAGE_DTYPES",
     "append",
     "attn",
+    "attn_ragged",
     "compact",
     "prepare_qk",
     "prepared_attn",
@@ -56,6 +57,16 @@ def attn(
     from amskv_kernels.ops.backends.triton.attn import attn
 
     return attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales)
+
+
+def attn_ragged(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, write_slots: Tensor,
+    row_starts: Tensor, softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `amskv_kernels.ops.attn_ragged`."""
+    from amskv_kernels.ops.backends.triton.attn_ragged import attn_ragged
+
+    return attn_ragged(q, k, v, pages, arena, read_slots, write_slots, row_starts, softmax_scale)
 
 
 def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
