@@ -32,7 +32,7 @@ from triton.runtime.jit import JITFunction
 from amskv_kernels.cli import console
 from amskv_kernels.cli.arguments import output_file
 from amskv_kernels.files import read_json, write_json
-from amskv_kernels.ops.backends.triton import append, attn, compact, prepare_qk, window_scores
+from amskv_kernels.ops.backends.triton import append, attn, attn_ragged, compact, prepare_qk, window_scores
 from amskv_kernels.ops.backends.triton.common import Device
 from amskv_kernels.ops.backends.triton.tiles import lines
 
@@ -98,7 +98,11 @@ def record(call, case: str, arch: int, processors: int = 1) -> list[Launch]:
         launches.append(specialise(self, args, kwargs, case))
 
     device = lambda _: Device(arch, processors)  # noqa: E731
-    with mock.patch.object(JITFunction, "run", run), mock.patch.object(attn, "describe", device):
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(attn, "describe", device),
+        mock.patch.object(attn_ragged, "describe", device),
+    ):
         call()
     return launches
 
@@ -140,6 +144,24 @@ def attn_launches(arch: int) -> list[Launch]:
     launches += record(attn_call(64, 40, 64, 64, eight_bit=True), "D 64, split, int8", arch, processors=1000)
     launches += record(attn_call(64, 40, 64, 64, dtype=torch.float32), "D 64, fp32", arch)
     launches += record(attn_call(64, 40, 64, 64, dtype=torch.float32, eight_bit=True), "D 64, fp32, int8", arch)
+    return launches
+
+
+def ragged_launches(arch: int) -> list[Launch]:
+    """Every line of the tile table that takes one head a program, for 40 sequences of that many rows on average."""
+    launches = []
+    starts, arena = torch.zeros(41, dtype=torch.int32), torch.zeros(40, 4, dtype=torch.int32)
+    slots = torch.zeros(40, 1, 40, dtype=torch.int32)
+    for head_dim in (64, 128):
+        for line in (line for line in lines(arch, head_dim) if line.tile.heads == 1):
+            rows = min(line.rows, 4096)
+            q, k, v = torch.zeros(40 * rows, 12, head_dim, dtype=torch.bfloat16).split([4, 4, 4], dim=1)
+            for eight_bit in (False, True):
+                pages = torch.zeros(1, 2, 64, head_dim, dtype=torch.int8 if eight_bit else torch.bfloat16)
+                scales = torch.zeros(1, 2, 64) if eight_bit else None
+                rest = (pages, arena, slots, slots, starts, 1.0, scales)
+                name = f"D {head_dim}, rows ≤ {line.rows if rows < 4096 else '…'}{', int8' if eight_bit else ''}"
+                launches += record(partial(attn_ragged.attn_ragged, q, k, v, *rest), name, arch)
     return launches
 
 
@@ -268,7 +290,11 @@ def main() -> int:
     options = parser.parse_args()
     if options.triton not in (None, triton.__version__):
         return with_triton(options.triton, sys.argv[1:])
-    jobs = [(launch, arch) for arch in options.arch for launch in attn_launches(arch) + other_launches(arch)]
+    jobs = [
+        (launch, arch)
+        for arch in options.arch
+        for launch in attn_launches(arch) + ragged_launches(arch) + other_launches(arch)
+    ]
     unique = {f"{replace(launch, case='')} {arch}": (launch, arch) for launch, arch in jobs}
     with ProcessPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(_measure, unique.values()))

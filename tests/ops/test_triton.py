@@ -21,6 +21,7 @@ import large_logits
 import pytest
 import torch
 from attn_cases import SPOILT, Case, make, same_kinds, sdpa_error, spoilt
+from attn_cases import eight_bit as eight_bit_pool
 from extra_cases import (
     COMPACT_CASES,
     LARGE,
@@ -357,18 +358,22 @@ RAGGED = [
 
 
 @interpreted
+@pytest.mark.parametrize("eight_bit", [False, True])
 @pytest.mark.parametrize("case", RAGGED, ids=str)
 @pytest.mark.parametrize("arch", [80, 90])
-def test_ragged_sequences_in_one_launch(forced, monkeypatch, arch, case):
+def test_ragged_sequences_in_one_launch(forced, monkeypatch, arch, case, eight_bit):
     from amskv_kernels.ops.backends.triton import attn_ragged
     from amskv_kernels.ops.backends.triton.common import Device
 
     monkeypatch.setattr(attn_ragged, "describe", lambda _: Device(arch, 1))
-    args = make_ragged(case, seed_of(case))
-    pages = args[3].clone()
-    truth, truth_lse = reference.attn_ragged(*args[:3], pages, *args[4:])
-    out, lse = torch.ops.amskv.attn_ragged(*args)
+    args, scales = list(make_ragged(case, seed_of(case))), ()
+    if eight_bit:
+        args[3], *scales = eight_bit_pool(args[3])
+    pool = [x.clone() for x in (args[3], *scales)]
+    truth, truth_lse = reference.attn_ragged(*args[:3], pool[0], *args[4:], *pool[1:])
+    out, lse = torch.ops.amskv.attn_ragged(*args, *scales)
     limit = {torch.float32: 2e-6, HALF: 4e-3, BF16: 6e-2}[case.dtype]
     assert out.dtype == case.dtype and (out.double() - truth).abs().max() <= limit
     assert (lse.double() - truth_lse).abs().max() < 1e-5
-    assert torch.equal(args[3].view(torch.uint8), pages.view(torch.uint8)), "every byte, NaN included"
+    for found, expected in zip((args[3], *scales), pool, strict=True):
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8)), "every byte, NaN included"

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from amskv_kernels.ops.backends.triton.attn import attend_range
+from amskv_kernels.ops.backends.triton.attend import attend_range
 from amskv_kernels.ops.backends.triton.common import (
     SLOT_BLOCK,
     SLOT_MASK,
@@ -28,6 +28,7 @@ from amskv_kernels.ops.backends.triton.common import (
 from amskv_kernels.ops.backends.triton.tiles import attn_tile
 
 LEAST_ENTRIES = 3  # past the lines of few entries, whose tile packs heads: lengths are not known when it is chosen
+LEAST_REGISTERS = 168  # of a tile with a bound: below it, what finds the sequence makes it spill
 NO_SPECIAL = ["stride_rb", "stride_rh", "stride_wb", "stride_wh", "T", "N", "S", "S_w", "kv_heads", "tiles_m"]
 
 
@@ -56,7 +57,7 @@ def entries_of(p_slots, S):
 
 @triton.jit(do_not_specialize=NO_SPECIAL)
 def attn_ragged_kernel(
-    q, k, v, pages, arena, read_slots, write_slots, row_starts, out, lse,
+    q, k, v, pages, page_scales, arena, read_slots, write_slots, row_starts, out, lse,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_rb, stride_rh, stride_wb, stride_wh,
     T, N, S, S_w, kv_heads, scale_log2, tiles_m,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -82,8 +83,8 @@ def attn_ragged_kernel(
         entries = entries_of(p_read, S)
         tiles_h = tl.cdiv(entries * PS, BN)
         b_acc, b_sum, b_shift = attend_range(
-            0, tiles_h + tl.cdiv(n, BN), tiles_h, b_q, p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_read,
-            entries, scale_log2, D, BD, PS, BM, BN, FULL_FIRST,
+            0, tiles_h + tl.cdiv(n, BN), tiles_h, b_q, p_k, p_v, stride_kn, stride_vn, n, pages, page_scales,
+            page0, p_read, entries, scale_log2, D, BD, PS, BM, BN, FULL_FIRST,
         )  # fmt: skip
         b_acc, b_lse = finished(b_acc, b_sum, b_shift, scale_log2)
         p_out = out + ((o_n * (kv_heads * G) + o_g) * D)[:, None] + o_d[None, :]
@@ -91,29 +92,31 @@ def attn_ragged_kernel(
         tl.store(lse + o_g.to(tl.int64) * T + o_n, b_lse, mask=b_there)
         p_write = write_slots + i_b.to(tl.int64) * stride_wb + i_h * stride_wh
         for i_s in range(i_m, S_w, tiles):
-            store_page(p_k, p_v, stride_kn, stride_vn, n, pages, page0, p_write, S_w, i_s, D, BD, PS, 16)
+            store_page(p_k, p_v, stride_kn, stride_vn, n, pages, page_scales, page0, p_write, S_w, i_s, D, BD, PS, 16)
 
 
 def attn_ragged(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, write_slots: Tensor,
-    row_starts: Tensor, softmax_scale: float,
+    row_starts: Tensor, softmax_scale: float, page_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `amskv_kernels.ops.attn_ragged`."""
     (rows, heads, head_dim), kv_heads, entries = q.shape, k.shape[1], read_slots.shape[2]
     sequences, group = len(row_starts) - 1, heads // kv_heads
     average = rows * group // sequences
     tile = attn_tile(
-        describe(q.device).arch, head_dim, q.element_size(), average, max(entries, LEAST_ENTRIES)
+        describe(q.device).arch, head_dim, q.element_size(), average, max(entries, LEAST_ENTRIES),
+        pages.dtype == torch.int8,
     )  # fmt: skip
     out, lse = q.new_empty(q.shape), q.new_empty(heads, rows, dtype=torch.float32)
     tiles_m = rows * group // tile.block_m + sequences  # Σ ⌈n · G / BM⌉ is no more
+    bound = tile.most_registers(group)
     with on_device(q):
         attn_ragged_kernel[tiles_m * kv_heads,](
-            q, k, v, pages, arena, read_slots, write_slots, row_starts, out, lse, *q.stride()[:2], *k.stride()[:2],
-            *v.stride()[:2], *table_strides(read_slots), *table_strides(write_slots), rows, sequences, entries,
-            write_slots.shape[2], kv_heads, softmax_scale / math.log(2), tiles_m, G=group, D=head_dim,
+            q, k, v, pages, page_scales, arena, read_slots, write_slots, row_starts, out, lse, *q.stride()[:2],
+            *k.stride()[:2], *v.stride()[:2], *table_strides(read_slots), *table_strides(write_slots), rows, sequences,
+            entries, write_slots.shape[2], kv_heads, softmax_scale / math.log(2), tiles_m, G=group, D=head_dim,
             BD=padded(head_dim), PS=pages.shape[2], BM=tile.block_m, BN=tile.block_n,
             NB=triton.next_power_of_2(sequences), FULL_FIRST=tile.full_first, num_warps=tile.warps,
-            num_stages=tile.stages, maxnreg=tile.most_registers(group), enable_fp_fusion=True,
+            num_stages=tile.stages, maxnreg=None if bound is None else max(bound, LEAST_REGISTERS), enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
