@@ -117,6 +117,6 @@ def attn_ragged(
             entries, write_slots.shape[2], kv_heads, softmax_scale / math.log(2), tiles_m, G=group, D=head_dim,
             BD=padded(head_dim), PS=pages.shape[2], BM=tile.block_m, BN=tile.block_n,
             NB=triton.next_power_of_2(sequences), FULL_FIRST=tile.full_first, num_warps=tile.warps,
-            num_stages=tile.stages, maxnreg=None if bound is None else max(bound, LEAST_REGISTERS), enable_fp_fusion=True,
+            num_stages=tile.stages, maxnreg=bound and max(bound, LEAST_REGISTERS), enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
