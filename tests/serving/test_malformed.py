@@ -22,7 +22,7 @@ def test_no_request_is_a_servers_fault(request):
     def check(case):
         if isinstance(case.body, dict) and isinstance(case.body.get("prompt"), str):
             case.body["prompt"] = "1"  # a text at random is no class: then no other field would matter
-        response = case.call()
+        response = case.call(timeout=600)  # a busy machine draws slowly
         seen[response.status_code] += 1
         assert response.status_code < 500, response.text
         if response.status_code >= 400:

@@ -125,7 +125,7 @@ class Endpoint:
             events = self._events(drawings, asked, start)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         try:
-            drawn = await _unless_gone(request, asyncio.gather(*(self._last(one, start) for one in drawings)))
+            drawn = await _unless_gone(request, self._all(drawings, start))
         finally:
             for one in drawings:
                 one.cancel()
@@ -178,6 +178,9 @@ class Endpoint:
                 drawing.cancel()
             raise _refusal(error) from error
         return begun
+
+    async def _all(self, drawings: Sequence[Drawing], start: float) -> list[Drawn]:
+        return await asyncio.gather(*(self._last(one, start) for one in drawings))
 
     async def _last(self, drawing: Drawing, start: float) -> Drawn:
         async for event in drawing:
