@@ -13,7 +13,8 @@ from amskv_kernels.planning.layout import ROWS_MASK
 
 def by_neighbours(
     attn: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
-    read_slots: Tensor, write_slots: Tensor, row_starts: Tensor, softmax_scale: float, *page_scales: Tensor,
+    read_slots: Tensor, write_slots: Tensor, row_starts: Tensor, softmax_scale: float,
+    page_scales: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `amskv_kernels.ops.attn_ragged`; waits for the device to learn the lengths."""
     starts: list[int] = row_starts.tolist()
@@ -24,7 +25,7 @@ def by_neighbours(
             continue
         tables = (x[first:last] if len(x) > 1 else x for x in (arena, read_slots, write_slots))
         own, own_lse = attn(
-            *(x[rows].unflatten(0, shape) for x in (q, k, v)), pages, *tables, softmax_scale, *page_scales
+            *(x[rows].unflatten(0, shape) for x in (q, k, v)), pages, *tables, softmax_scale, page_scales
         )
         out[rows], lse[:, rows] = own.flatten(0, 1), own_lse.transpose(0, 1).flatten(1)
     return out, lse

@@ -49,8 +49,7 @@ def attn_ragged(
     row_starts: Tensor, softmax_scale: float, page_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `amskv_kernels.ops.attn_ragged`."""
-    given = () if page_scales is None else (page_scales,)
-    return by_neighbours(attn, q, k, v, pages, arena, read_slots, write_slots, row_starts, softmax_scale, *given)
+    return by_neighbours(attn, q, k, v, pages, arena, read_slots, write_slots, row_starts, softmax_scale, page_scales)
 
 
 def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:

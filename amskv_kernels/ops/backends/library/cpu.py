@@ -31,10 +31,10 @@ def attn(
 
 def attn_ragged(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, read_slots: Tensor, write_slots: Tensor,
-    row_starts: Tensor, softmax_scale: float,
+    row_starts: Tensor, softmax_scale: float, page_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `amskv_kernels.ops.attn_ragged`."""
-    return by_neighbours(attn, q, k, v, pages, arena, read_slots, write_slots, row_starts, softmax_scale)
+    return by_neighbours(attn, q, k, v, pages, arena, read_slots, write_slots, row_starts, softmax_scale, page_scales)
 
 
 def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
