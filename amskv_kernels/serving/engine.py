@@ -35,7 +35,11 @@ class QueueFullError(RuntimeError):
 
     def __init__(self, waiting: int, seconds: float) -> None:
         super().__init__(f"{waiting} images wait already, as many as may; try again in {seconds:.0f} s")
-        self.seconds = seconds
+        self.waiting, self.seconds = waiting, seconds
+
+    def __reduce__(self) -> tuple[type[QueueFullError], tuple[int, float]]:
+        """It may cross processes."""
+        return QueueFullError, (self.waiting, self.seconds)
 
 
 class ClosedError(RuntimeError):
