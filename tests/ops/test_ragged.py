@@ -116,10 +116,12 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_wrong_arguments_are_named(what):
     index, change, error, message = WRONG[what]
-    args = list(make_ragged(Ragged((4, 2, 3), entries=3), 5))
+    args = list(make_ragged(Ragged((4, 2, 3), entries=3, per_head=True), 5))
     args[index] = change(args[index])
     if what == "a page read and written":  # another sequence's, too
-        args[5][0, 0, 0] = args[6][1, 0, 0] + ((int(args[4][1, 0]) - int(args[4][0, 0])) << 8)
+        arena, read, write = args[4:7]
+        reader, *_, writer = (i for i in arena[:, 0].argsort().tolist() if write[i, 0, 0])
+        read[reader, 0, 0] = write[writer, 0, 0] + ((int(arena[writer, 0]) - int(arena[reader, 0])) << 8)
     before = args[3].clone()
     with pytest.raises(error, match=message):
         ops.attn_ragged(*args)
