@@ -120,7 +120,8 @@ def test_wrong_arguments_are_named(what):
     args[index] = change(args[index])
     if what == "a page read and written":  # another sequence's, too
         arena, read, write = args[4:7]
-        reader, *_, writer = (i for i in arena[:, 0].argsort().tolist() if write[i, 0, 0])
+        reader, *others = arena[:, 0].argsort().tolist()  # so that the page lies ahead in the pool
+        writer = next(i for i in others if write[i, 0, 0])
         read[reader, 0, 0] = write[writer, 0, 0] + ((int(arena[writer, 0]) - int(arena[reader, 0])) << 8)
     before = args[3].clone()
     with pytest.raises(error, match=message):
