@@ -39,6 +39,7 @@ PRODUCTS = 2048  # 16-bit multiply-adds of its tensor cores in a clock
 EXPONENTIALS = 16  # in a clock
 CONSUMERS, THREADS, ROWS = 2, 128, 64  # of the Hopper kernel, and threads and query rows of each
 PANEL = 64  # elements of a row that one box holds
+TEAM = 128  # threads of the portable kernels' largest team
 
 
 def cuobjdump() -> str:
@@ -126,6 +127,36 @@ def hopper_faults(facts: dict[str, object], tile: dict[str, int]) -> list[str]:
     return found
 
 
+def portable_name(tile: dict[str, int]) -> str:
+    return f"head_dim {tile['head_dim']}, {tile['rows_per_warp']} rows per warp"
+
+
+def portable_facts(code: list[Instruction], tile: dict[str, int]) -> dict[str, int]:
+    """What one thread of a team of four warps does for one tile of keys, on the longest way; int8 pages are widened."""
+    main = next(loop for loop in loops(code) if loop.has("HMMA"))
+    inner = [loop for loop in loops(code) if main.holds(loop)]
+    if not tile["int8_pages"]:
+        return {"instructions per tile, at most": len(path(main, {}, longest=True))}
+    widen = next(loop for loop in inner if loop.has("HFMA2"))
+    chunks = 2 * tile["keys"] * tile["head_dim"] // 16 // TEAM  # 16-byte loads of K and V
+    rounds = chunks // count(widen.body, "LDS.128")
+    return {
+        "instructions per tile, at most": len(path(main, {widen: rounds}, longest=True)),
+        "keys per tile": tile["keys"], "bytes to widen": 16 * chunks, "instructions to widen": rounds * len(widen.body),
+        "PRMT to widen": rounds * count(widen.body, "PRMT"), "HFMA2 to widen": rounds * count(widen.body, "HFMA2"),
+        "scale pairs loaded": count(main.body, "LDS.64"), "scores": tile["rows_per_warp"] * tile["keys"] // 32,
+    }  # fmt: skip
+
+
+def portable_faults(facts: dict[str, int], tile: dict[str, int]) -> list[str]:
+    """A conversion takes one permutation and one fused multiply-add for two elements, a key two scales."""
+    if not tile["int8_pages"]:
+        return []
+    pairs = facts["bytes to widen"] // 2
+    expected = {"PRMT to widen": pairs, "HFMA2 to widen": pairs, "scale pairs loaded": tile["keys"] // 4}
+    return [f"{name} is {facts[name]}, not {value}" for name, value in expected.items() if facts[name] != value]
+
+
 def examine(symbol: str, architecture: str, code: list[Instruction], info: dict) -> tuple[dict, list[str]]:
     """A row of the report, and what is wrong with the kernel."""
     name = readable(symbol)
@@ -146,6 +177,11 @@ def examine(symbol: str, architecture: str, code: list[Instruction], info: dict)
         facts = hopper_facts(code, tile)
         row |= facts
         wrong += hopper_faults(facts, tile)
+    if name.startswith("attn<") and not hopper:
+        tile = next(t for t in info["tiles"] if portable_name(t) in name and t["int8_pages"] == ("int8" in name))
+        own = portable_facts(code, tile)
+        row |= own
+        wrong += portable_faults(own, tile)
     return row, [f"{name} on {architecture}: {fault}" for fault in wrong]
 
 
@@ -176,6 +212,12 @@ def main() -> None:
     own = [{key: row[key] for key in row if key not in common} for row in special]
     for facts, row in zip(own, special, strict=True):
         facts["kernel"] = row["kernel"].removeprefix("attn<").removesuffix(", Hopper>")
+    print(transposed(own, "kernel", "simple"))
+    eight_bit = [row for row in rows if "bytes to widen" in row]
+    print("\nTiles of int8 pages, per thread of four warps:\n")
+    own = [{key: row[key] for key in row if key not in common or key == "arch"} for row in eight_bit]
+    for facts, row in zip(own, eight_bit, strict=True):
+        facts["kernel"] = row["kernel"].removeprefix("attn<").partition(" rows")[0].rpartition(",")[0]
     print(transposed(own, "kernel", "simple"))
     facts = {key: info[key] for key in ("version", "cuda", "architectures")}
     write_json(options.out, facts | {"rows": rows}, ensure_ascii=False)

@@ -164,6 +164,22 @@ def _hopper_kernels() -> str:
     )
 
 
+def _int8_kernels() -> str:
+    """What a thread of the portable kernel does for a tile of int8 pages, on Hopper."""
+    report = json.loads(NATIVE_REPORT.read_text(encoding="utf-8"))
+    found = [row for row in report["rows"] if "bytes to widen" in row and row["arch"] == "90a"]
+    columns = [column for column in found[0] if column not in ("kernel", "arch")]
+    columns = columns[columns.index("instructions per tile, at most") :]
+    names = {
+        row["kernel"]: row["kernel"].removeprefix("attn<").partition(" rows")[0].rpartition(",")[0] for row in found
+    }
+    shown = [{"kernel": names[row["kernel"]]} | {column: row[column] for column in columns} for row in found]
+    return (
+        f"{tables.facts(shown, 'kernel', 'github')}\n\nCounted in the compiled library, CUDA {report['cuda']} "
+        f"(`tools/reports/{NATIVE_REPORT.name}`)."
+    )
+
+
 def _compatibility() -> str:
     """Torch releases by Pythons: where the wheel was run, what built it, and what else it builds against."""
     if not COMPATIBILITY.exists():
@@ -291,6 +307,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "gpu-capacity": lambda: _newest("capacity", "cuda", _captioned(tables.capacity)),
     "last-calls": lambda: _newest("roof", None, _last_calls),
     "hopper-kernels": _hopper_kernels,
+    "int8-kernels": _int8_kernels,
     "compatibility": _compatibility,
     "roofs": lambda: _newest("roof", None, _roofs),
     "staggering": staggering.table,

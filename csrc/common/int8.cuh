@@ -37,15 +37,15 @@ struct Widening<Half> {
     }
 };
 
-// bf16 has one bit less: 128 + the low seven bits, minus 128, or 256 where the eighth is set.
+// bf16 has one bit less: 128 + the low seven bits, minus 128, or minus 256 where the eighth is set.
 template <>
 struct Widening<BFloat16> {
     __device__ __forceinline__ void operator()(uint32_t (&pairs)[2], uint32_t bytes) const {
-        constexpr uint32_t kOne = 0x3f803f80, kSign = 0x80008000;
+        constexpr uint32_t kEighth = 0x00800080, kHigh = 0xff80ff80, kMinusOne = 0xbf80bf80;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const uint32_t raised = byte_permute(bytes, 0x43434343, i == 0 ? 0x4140 : 0x4342);
-            pairs[i] = fma_pair<BFloat16>(raised & 0xff7fff7f, kOne, (raised & 0xff80ff80) | kSign);
+            pairs[i] = fma_pair<BFloat16>(raised & kHigh, kMinusOne, raised & ~kEighth);
         }
     }
 };

@@ -44,12 +44,12 @@ def check_on_a_gpu(op, case: Case) -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        inputs.out, inputs.lse = op(*inputs.tables, inputs.scale)
+        inputs.out, inputs.lse = op(*inputs.call)
     stream.synchronize()
     cases.judge(case, inputs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse = op(*inputs.tables, inputs.scale)
+        out, lse = op(*inputs.call)
     for result in (out, lse):
         result.fill_(torch.nan)
     graph.replay()
@@ -61,9 +61,10 @@ TOKENS = [1, 9, 36, 64, 65, 100, 144, 169, 256, 300, 576]
 
 
 FIRST = [SMALL[0], SMALL[2]]
+EIGHT_BIT = [replace(case, int8=True) for case in SMALL]
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", [*FIRST, EIGHT_BIT[2]], ids=str)
 def test_first_portable(case):
     """What a GPU session looks at first, and checkers look at alone."""
     check_on_a_gpu(torch.ops.amskv.attn_cuda, case)
@@ -82,6 +83,32 @@ def test_portable_large(case):
 @pytest.mark.parametrize("seed", range(100))
 def test_portable_random(seed):
     check_on_a_gpu(torch.ops.amskv.attn_cuda, cases.random_case(seed, TOKENS, [64, 96, 128], pages=20))
+
+
+@pytest.mark.parametrize("case", [c for case in EIGHT_BIT for c in cases.both_dtypes(case)], ids=str)
+def test_portable_int8_pages(case):
+    check_on_a_gpu(torch.ops.amskv.attn_cuda, case)
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_portable_int8_pages_large(case):
+    check_on_a_gpu(torch.ops.amskv.attn_cuda, replace(case, int8=True))
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_portable_int8_pages_random(seed):
+    check_on_a_gpu(torch.ops.amskv.attn_cuda, cases.random_case(seed, TOKENS, [64, 96, 128], pages=20, int8=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_portable_rounds_every_row_there_is_as_the_reference_does(dtype):
+    """The device's own reciprocals, in place of the host executor's."""
+    _, inputs = cases.rows_to_round(dtype, 1024)
+    truth, found = cases.on(inputs, torch.device("cuda")), cases.on(inputs, torch.device("cuda"))
+    reference.append(*truth.tables[1:5], truth.write, truth.page_scales)
+    torch.ops.amskv.append_cuda(*found.tables[1:5], found.write, found.page_scales)
+    assert cases.same(found.pages, truth.pages)
+    assert cases.same(found.page_scales, truth.page_scales)
 
 
 def check_large_logits(op, case: Case) -> None:
@@ -141,6 +168,12 @@ def test_the_first_call_of_a_process_may_be_captured(op):
 def test_hopper(case):
     """`hopper` makes the unnamed rest of every named page zero, as stores leave it."""
     check_on_a_gpu(torch.ops.amskv.attn_hopper, replace(case, hopper=(128, 1)))
+
+
+@pytest.mark.usefixtures("needs_hopper")
+@pytest.mark.parametrize("n", [100, 256])
+def test_hopper_leaves_int8_pages_to_the_portable_kernel(n):
+    check_on_a_gpu(torch.ops.amskv.attn_hopper, Case(n=n, history=(16,) * 20, int8=True))
 
 
 @pytest.mark.usefixtures("needs_hopper")

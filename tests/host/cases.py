@@ -172,6 +172,28 @@ def random_case(seed: int, tokens: list[int], head_dims: list[int], pages: int =
     return replace(case, **changes)
 
 
+def rows_to_round(dtype: torch.dtype, count: int) -> tuple[Case, Inputs]:
+    """Rows for int8 pages: a row's bytes depend on its largest element's mantissa and on the others over it alone.
+
+    `count` mantissas of the largest, drawn at random, each beside all elements that may stand with it.
+    """
+    bits = 11 if dtype is torch.float16 else 8
+    mantissas = torch.arange(2 ** (bits - 1), 2**bits).float()
+    largest = mantissas[torch.randperm(len(mantissas), generator=torch.Generator().manual_seed(0))[:count]]
+    others = torch.cat([mantissas * 2.0**-e for e in range(9)])  # below that, all round to 0
+    others = torch.nn.functional.pad(others, (0, -len(others) % 127)).view(-1, 127)
+    rows = torch.zeros(len(largest), len(others), 128)
+    rows[..., 0] = largest[:, None]
+    rows[..., 1:] = others.where(others <= largest[:, None, None], 0)
+    rows[..., 1::2] *= -1
+    k = (rows.flatten(0, 1) / 2 ** (bits - 1))[None, :, None].to(dtype)
+    assert torch.equal(k[0, :, 0].float() * 2 ** (bits - 1), rows.flatten(0, 1)), "exact in this dtype"
+    case = Case(n=k.shape[1], batch=1, heads=1, kv_heads=1, head_dim=128, page_size=128, int8=True, dtype=dtype)
+    inputs = make(case)
+    inputs.k, inputs.v = k, -k
+    return case, inputs
+
+
 def run(module: ModuleType, case: Case, inputs: Inputs, schedule: str) -> dict[str, int]:
     """Execute attn in place of `inputs.out`, `inputs.lse` and `inputs.pages`; the executor's counters."""
     call, dtype = call_of(module, inputs), str(case.dtype).removeprefix("torch.")

@@ -101,22 +101,8 @@ def check_append(case: Case, inputs: cases.Inputs) -> None:
 
 @FLOATS
 def test_elements_are_rounded_as_the_reference_does(dtype):
-    """A row's bytes depend on its largest element's mantissa and on the others over it: bf16's are all here, of fp16's
-    1,024 largest an eighth, beside all that may stand with them."""
-    bits = {torch.float16: 11, torch.bfloat16: 8}[dtype]
-    mantissas = torch.arange(2 ** (bits - 1), 2**bits).float()
-    largest = mantissas[torch.randperm(len(mantissas), generator=torch.Generator().manual_seed(0))[:128]]
-    others = torch.cat([mantissas * 2.0**-e for e in range(9)])  # below that, all round to 0
-    others = torch.nn.functional.pad(others, (0, -len(others) % 127)).view(-1, 127)
-    rows = torch.zeros(len(largest), len(others), 128)
-    rows[..., 0] = largest[:, None]
-    rows[..., 1:] = others.where(others <= largest[:, None, None], 0)
-    rows[..., 1::2] *= -1
-    k = (rows.flatten(0, 1) / 2 ** (bits - 1))[None, :, None].to(dtype)
-    assert torch.equal(k[0, :, 0].float() * 2 ** (bits - 1), rows.flatten(0, 1)), "exact in this dtype"
-    case = Case(n=k.shape[1], batch=1, heads=1, kv_heads=1, head_dim=128, page_size=128, int8=True, dtype=dtype)
-    inputs = cases.make(case)
-    inputs.k, inputs.v = k, -k
+    """Of bf16 every row there is, of fp16 those of an eighth of the largest."""
+    case, inputs = cases.rows_to_round(dtype, 128)
     check_append(case, inputs)
 
 
