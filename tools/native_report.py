@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -217,7 +218,7 @@ def main() -> None:
     print("\nTiles of int8 pages, per thread of four warps:\n")
     own = [{key: row[key] for key in row if key not in common or key == "arch"} for row in eight_bit]
     for facts, row in zip(own, eight_bit, strict=True):
-        facts["kernel"] = row["kernel"].removeprefix("attn<").partition(" rows")[0].rpartition(",")[0]
+        facts["kernel"] = re.sub(r"attn<(.*), \d+ rows.*", r"\1", row["kernel"])
     print(transposed(own, "kernel", "simple"))
     facts = {key: info[key] for key in ("version", "cuda", "architectures")}
     write_json(options.out, facts | {"rows": rows}, ensure_ascii=False)

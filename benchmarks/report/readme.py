@@ -168,12 +168,11 @@ def _int8_kernels() -> str:
     """What a thread of the portable kernel does for a tile of int8 pages, on Hopper."""
     report = json.loads(NATIVE_REPORT.read_text(encoding="utf-8"))
     found = [row for row in report["rows"] if "bytes to widen" in row and row["arch"] == "90a"]
-    columns = [column for column in found[0] if column not in ("kernel", "arch")]
-    columns = columns[columns.index("instructions per tile, at most") :]
-    names = {
-        row["kernel"]: row["kernel"].removeprefix("attn<").partition(" rows")[0].rpartition(",")[0] for row in found
-    }
-    shown = [{"kernel": names[row["kernel"]]} | {column: row[column] for column in columns} for row in found]
+    first = list(found[0]).index("instructions per tile, at most")
+    shown = [
+        {"kernel": re.sub(r"attn<(.*), \d+ rows.*", r"\1", row["kernel"])} | dict(list(row.items())[first:])
+        for row in found
+    ]
     return (
         f"{tables.facts(shown, 'kernel', 'github')}\n\nCounted in the compiled library, CUDA {report['cuda']} "
         f"(`tools/reports/{NATIVE_REPORT.name}`)."
