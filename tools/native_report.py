@@ -141,8 +141,9 @@ def portable_facts(code: list[Instruction], tile: dict[str, int]) -> dict[str, i
     widen = next(loop for loop in inner if loop.has("HFMA2"))
     chunks = 2 * tile["keys"] * tile["head_dim"] // 16 // TEAM  # 16-byte loads of K and V
     rounds = chunks // count(widen.body, "LDS.128")
+    besides = [i for i in path(main, {}, longest=True) if i not in widen.body]
     return {
-        "instructions per tile, at most": len(path(main, {widen: rounds}, longest=True)),
+        "instructions per tile, at most": len(besides) + rounds * len(widen.body),
         "keys per tile": tile["keys"], "bytes to widen": 16 * chunks, "instructions to widen": rounds * len(widen.body),
         "PRMT to widen": rounds * count(widen.body, "PRMT"), "HFMA2 to widen": rounds * count(widen.body, "HFMA2"),
         "scale pairs loaded": count(main.body, "LDS.64"), "scores": tile["rows_per_warp"] * tile["keys"] // 32,
