@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import reprlib
 from numbers import Real
@@ -43,6 +44,19 @@ def real_number(name: str, value: object) -> float:
         return float(value)
     except OverflowError as error:
         raise ValueError(f"{name} is {shown(value)}; it must be a number that a float can hold") from error
+
+
+def threshold(name: str, value: object) -> float:
+    """`value` as a float to compare similarities with.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is nan, or beyond what a float can be.
+    """
+    number = real_number(name, value)
+    if math.isnan(number):
+        raise ValueError(f"{name} is nan; it must be a similarity to compare with")
+    return number
 
 
 def one_of(name: str, value: object, choices: tuple[int, ...]) -> None:

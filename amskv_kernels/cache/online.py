@@ -7,14 +7,13 @@ calibration that freezes the demanding layers (`AMSKV.for_saving`, `Calibration`
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from amskv_kernels.arguments import check_device, check_index, instance_of, one_of, real_number, whole_number
+from amskv_kernels.arguments import check_device, check_index, instance_of, one_of, real_number, threshold, whole_number
 from amskv_kernels.cache.growing import GrowingPool, check_page_numbers
 from amskv_kernels.cache.paged import check_qkv
 from amskv_kernels.cache.rows import HeadRows
@@ -75,9 +74,7 @@ class OnlineKVCache:
         instance_of("policy", policy, AMSKVCapacity)
         num_layers = whole_number("num_layers", num_layers, 1)
         policy.check_fits(schedule, num_layers)
-        theta = real_number("theta", theta)
-        if math.isnan(theta):
-            raise ValueError("theta is nan; it must be a similarity to compare with")
+        theta = threshold("theta", theta)
         one_of("page_size", page_size, PAGE_SIZES)
         self._rows = HeadRows(head_dim)
         check_pool(batch, kv_heads, self._rows.size, dtype, device)

@@ -8,13 +8,13 @@ and unconditional sequences are measured together, since they share one decision
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from amskv_kernels.arguments import threshold
 from amskv_kernels.calibrate.recorder import Recorder
 from amskv_kernels.models.attention import Attention
 from amskv_kernels.policies.calibration import Calibration, rank_layers
@@ -99,8 +99,8 @@ def demanding_layers(
     """
     if (theta is None) == (count is None):
         raise ValueError("give exactly one of theta and count")
-    if theta is not None and math.isnan(theta):
-        raise ValueError("theta is nan; it must be a similarity to compare with")
+    if theta is not None:
+        threshold("theta", theta)
     means = [sum(row[1:]) / max(1, len(row) - 1) for row in similarity]
     if theta is not None:
         return tuple(layer for layer, mean in enumerate(means) if mean < theta), theta

@@ -82,6 +82,8 @@ def _family_of(model: Any) -> Family:
     """The family whose attention the model's is most like, of those that the model looks like."""
     alike = [family for family in FAMILIES if family.like(model)]
     if not alike:
-        known = "; ".join(f"{family.name} has {' and '.join(family.needs)}" for family in FAMILIES)
-        raise TypeError(f"model is a {type(model).__name__}, of no family that can be patched: {known}")
+        needs = dict.fromkeys(family.needs for family in FAMILIES)
+        names = {each: ", ".join(family.name for family in FAMILIES if family.needs == each) for each in needs}
+        known = "; ".join(f"{' and '.join(each)} ({names[each]})" for each in needs)
+        raise TypeError(f"model is a {type(model).__name__}, of no family that can be patched; these have {known}")
     return min(alike, key=lambda family: family.differences(model))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from amskv_kernels.arguments import instance_of, shown
+from amskv_kernels.arguments import instance_of, one_of, shown, threshold
 from amskv_kernels.cache import OnlineKVCache, PagedKVCache, UnplannedKVCache
+from amskv_kernels.planning.layout import PAGE_SIZES
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.policies import AMSKVCapacity, Policy, parse_policy, read_policy
 from amskv_kernels.policies.around import Around, placed
@@ -43,8 +44,12 @@ class Caches:
         if pages not in (None, "int8"):
             raise ValueError(f"pages is {shown(pages)}; it must be 'int8', or None for the model's own dtype")
         instance_of("online", online, bool)
-        if theta is not None and not online:
-            raise ValueError(f"theta is {theta}; it means something to online=True alone")
+        if page_size is not None:
+            one_of("page_size", page_size, PAGE_SIZES)
+        if theta is not None:
+            theta = threshold("theta", theta)
+            if not online:
+                raise ValueError(f"theta is {theta}; it means something to online=True alone")
         self._policy_of = _maker(policy, num_layers)
         self._layers, self._page_size = num_layers, page_size
         self.online, self._theta, self._eight_bit = online, theta, pages == "int8"
@@ -53,6 +58,8 @@ class Caches:
         self.around: Around | None = None
         self.counted = True
         self.cache: Cache | None = None
+        if online and isinstance(policy, Policy):
+            self._theta_of(_online(policy))
 
     def policy(self, schedule: ScaleSchedule) -> Policy:
         """The policy of a generation on a schedule.
@@ -64,9 +71,7 @@ class Caches:
         if self.around is not None:
             return placed(self._policy_of(self.around.maps), self.around, schedule)
         policy = self._policy_of(schedule)
-        if self.online and not isinstance(policy, AMSKVCapacity):
-            raise TypeError(f"policy is {policy!r}; the online mode needs an AMSKV.with_capacity(…)")
-        return policy
+        return _online(policy) if self.online else policy
 
     def plan(self, schedule: ScaleSchedule, kv_heads: int) -> CachePlan | None:
         """The plan for a schedule, made once; None in the online mode, whose policy and theta it checks."""
@@ -114,11 +119,21 @@ class Caches:
         return theta
 
 
+def _online(policy: Policy) -> AMSKVCapacity:
+    if not isinstance(policy, AMSKVCapacity):
+        raise TypeError(f"policy is {policy!r}; the online mode needs an AMSKV.with_capacity(…)")
+    return policy
+
+
+def _given(policy: Policy, schedule: ScaleSchedule) -> Policy:
+    return policy
+
+
 def _maker(policy: PolicyLike, num_layers: int) -> Callable[[ScaleSchedule], Policy]:
     """What gives the policy for a schedule; what is wrong with a policy whatever the schedule, it says now."""
     if isinstance(policy, Policy):
         policy.check_layers(num_layers)
-        return lambda schedule: policy
+        return partial(_given, policy)
     if isinstance(policy, str):
         make = read_policy(policy)
         return lambda schedule: make(schedule, num_layers)

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from amskv_kernels.arguments import shown
 from amskv_kernels.cache import PagedKVCache
 from amskv_kernels.integrations.caches import Cache, Caches
 from amskv_kernels.integrations.modules import Binding, PatchedModule, eager, stock
 from amskv_kernels.models.attention import Observer
 from amskv_kernels.planning.layout import HEAD_DIMS, row_size
 from amskv_kernels.planning.plan import CachePlan
+from amskv_kernels.policies import Full
 from amskv_kernels.schedule import ScaleSchedule
 
 P = TypeVar("P", bound="Patch")
@@ -42,6 +44,8 @@ class Patch:
     attention: ClassVar[type[PagedSelfAttention]]
 
     def __init__(self, model: Any, modules: list[Any], caches: Caches, observe: Observer | None) -> None:
+        if observe is not None and not callable(observe):
+            raise TypeError(f"observe is {shown(observe)}; it must be callable as (layer, q, k, v, softmax_scale)")
         self._caches, self.observe = caches, observe
         self._bindings: list[Binding] = []
         self._begins = self.caching = False
@@ -61,6 +65,15 @@ class Patch:
     def cache(self) -> Cache | None:
         """The cache of the current or last generation."""
         return self._caches.cache
+
+    def __repr__(self) -> str:
+        state = "undone" if not self._bindings else repr(self.cache or self.plan or "no generation yet")
+        return f"{type(self).__name__}({state})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is of a patch that was undone, as copies of the model are unpatched."""
+        undone = {"_bindings": [], "_caches": Caches(Full(), 1, None, False, None, None), "observe": None}
+        return vars(self) | undone
 
     def undo(self) -> None:
         """Put the model's own attention back and free the cache; doing it twice does no harm."""

@@ -17,6 +17,7 @@ from amskv_kernels.integrations.caches import schedule_of
 from amskv_kernels.integrations.common import QKV, PagedSelfAttention, Patch, PerStep, in_generation
 from amskv_kernels.integrations.modules import Binding, PatchedModule, stock
 from amskv_kernels.integrations.var import FAMILY as VAR
+from amskv_kernels.integrations.var import sides_of
 from amskv_kernels.policies.around import Around
 from amskv_kernels.schedule import ScaleSchedule
 
@@ -86,7 +87,7 @@ class PatchedHART(Patch):
     def read(self, model: Any, modules: list[Any]) -> None:
         if self._caches.online:
             raise ValueError("online is True; it is for models whose generation begins with a map, not with a prompt")
-        self.sides = tuple(int(side) for side in model.patch_nums)
+        self.sides = sides_of(model)
         self.text, self.passes, self._angles = int(model.context_token), 1, PerStep()
         self.plan = self._caches.plan(self.schedule_of(None), modules[0].num_heads)
 

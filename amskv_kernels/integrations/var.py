@@ -9,10 +9,12 @@ Only the attention modules' `forward` and `kv_caching` are replaced; weights, sa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from amskv_kernels.arguments import shown, whole_number
 from amskv_kernels.integrations.caches import schedule_of
 from amskv_kernels.integrations.common import PagedSelfAttention, Patch, in_generation
 from amskv_kernels.integrations.family import Family
@@ -27,13 +29,25 @@ class _SelfAttention(PagedSelfAttention):
         return self.proj_drop(self.proj(self.attend(x)))
 
 
+def sides_of(model: Any) -> tuple[int, ...]:
+    """Of the model's maps, as ints whatever holds them.
+
+    Raises:
+        TypeError: nothing that holds numbers.
+        ValueError: one that is no whole number above 0.
+    """
+    if not isinstance(model.patch_nums, Iterable):
+        raise TypeError(f"model.patch_nums is {shown(model.patch_nums)}; it must be sides of maps, such as (1, 2, 3)")
+    return tuple(whole_number(f"model.patch_nums[{i}]", side, 1) for i, side in enumerate(model.patch_nums))
+
+
 class PatchedVAR(Patch):
     """A patched VAR: see `Patch`. Its schedule, and so its plan, is known from the start."""
 
     attention: ClassVar[type[PagedSelfAttention]] = _SelfAttention
 
     def read(self, model: Any, modules: list[Any]) -> None:
-        self.schedule = schedule_of(tuple((int(side), int(side)) for side in model.patch_nums))
+        self.schedule = schedule_of(tuple((side, side) for side in sides_of(model)))
         self.plan = self._caches.plan(self.schedule, modules[0].num_heads)
 
     def schedule_of(self, told: Any) -> ScaleSchedule:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
-from amskv_kernels.arguments import instance_of, real_number, shown, whole_number
+from amskv_kernels.arguments import instance_of, real_number, shown, threshold, whole_number
 from amskv_kernels.files import finite_table
 from amskv_kernels.policies.base import (
     MOST_LAYERS,
@@ -255,8 +254,7 @@ class AMSKVCapacity(Policy):
         if (self.similarity is None) != (self.theta is None):
             raise ValueError("similarity and theta decide together: give both or neither")
         if self.similarity is not None and self.theta is not None:
-            if math.isnan(real_number("theta", self.theta)):
-                raise ValueError("theta is nan; it must be a similarity to compare with")
+            threshold("theta", self.theta)
             object.__setattr__(self, "similarity", finite_table("similarity", self.similarity))
         object.__setattr__(self, "demanding_layers", layer_set("demanding_layers", self.demanding_layers))
 

@@ -191,7 +191,7 @@ def test_online_misuse_is_named():
         ({"theta": float("nan")}, ValueError, "theta is nan; it must be a similarity"),
         ({"batch": 2.5}, ValueError, "batch is 2.5; it must be a whole number ≥ 1"),
         ({"kv_heads": True}, ValueError, "kv_heads is True; it must be a whole number ≥ 1"),
-        ({"head_dim": 80}, ValueError, "head_dim is 80; it must be one of"),
+        ({"head_dim": 100}, ValueError, "head_dim is 100; it must be a multiple of 8"),
         ({"dtype": torch.int16}, TypeError, "dtype is torch.int16; it must be one of"),
         ({"device": "mps"}, ValueError, "device is 'mps'; this torch cannot use it: "),
         ({"device": "gpu"}, ValueError, "device is 'gpu'; it must be one that torch knows"),

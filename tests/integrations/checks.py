@@ -141,12 +141,14 @@ def undo_leaves_nothing(case: Case) -> None:
 
 def copies_are_their_own(case: Case, pickles: bool = True) -> None:
     """Copies of a patched model are unpatched, have weights of their own and can be patched."""
-    for duplicate in (copy.deepcopy, *([lambda model: pickle.loads(pickle.dumps(model))] if pickles else [])):
+    for duplicate in (copy.deepcopy, *([lambda pair: pickle.loads(pickle.dumps(pair))] if pickles else [])):
         model = case.make()
         expected = case.draw(model)
-        with patch(model, SlidingWindow(1)):
+        with patch(model, SlidingWindow(1), observe=lambda *call: None) as patched:
             case.draw(model)
-            other = duplicate(model)
+            other, handle = duplicate((model, patched))
+            assert "(undone)" in repr(handle) and handle.cache is None and "KVCache(" in repr(patched)
+            handle.undo()
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.zero_()

@@ -33,6 +33,44 @@ def test_a_refused_patch_leaves_the_model_as_it_was(family):
     assert [(type(m), set(vars(m))) for m in model.modules()] == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"page_size": 24}, ValueError, r"page_size is 24; it must be one of \(16, 32, 64, 128\)"),
+        ({"observe": 3}, TypeError, r"observe is 3; it must be callable as \(layer, q, k, v, softmax_scale\)"),
+        ({"theta": 0.5}, ValueError, "theta is 0.5; it means something to online=True alone"),
+        ({"theta": "x", "online": True}, TypeError, "theta is 'x'; it must be a number"),
+        ({"theta": float("nan"), "online": True}, ValueError, "theta is nan; it must be a similarity"),
+        (
+            {"theta": 0.5, "online": True},
+            TypeError,
+            r"policy is Full\(\); the online mode needs an AMSKV",
+        ),
+        ({"policy": AMSKV.with_capacity(9, 9), "online": True}, ValueError, "theta is None; the online mode needs"),
+    ],
+)
+def test_what_fits_no_schedule_is_refused_at_once(family, arguments, kind, message):
+    model = family.make()
+    with pytest.raises(kind, match=message):
+        patch(model, **{"policy": Full(), **arguments})
+    assert all("_amskv" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("sides", "kind", "message"),
+    [
+        (None, TypeError, r"model.patch_nums is None; it must be sides of maps, such as \(1, 2, 3\)"),
+        ((1, 2.5), ValueError, r"model.patch_nums\[1\] is 2.5; it must be a whole number ≥ 1"),
+        ((0, 1), ValueError, r"model.patch_nums\[0\] is 0; it must be a whole number ≥ 1"),
+    ],
+)
+def test_sides_that_are_none_are_named(sides, kind, message):
+    model = public_var.VAR()
+    model.patch_nums = sides
+    with pytest.raises(kind, match=message):
+        patch(model, Full())
+
+
 def test_a_policy_made_for_another_schedule_is_refused(family):
     model = family.make()
     expected = family.draw(model)
@@ -123,7 +161,8 @@ def test_relatives_with_another_attention_are_refused_at_once(kind, message):
 def test_a_model_of_no_family_is_named(model):
     with pytest.raises(
         TypeError,
-        match=r"of no family that can be patched: Infinity has unregistered_blocks; .*VAR has patch_nums and blocks",
+        match=r"of no family that can be patched; these have unregistered_blocks \(Infinity, .*\); patch_nums and "
+        r"blocks \(VAR, STAR\); ",
     ):
         patch(model, Full())
 
