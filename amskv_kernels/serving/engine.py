@@ -189,17 +189,17 @@ class Engine:
         Whatever fails here fails the images inside, whose handles say why; those that wait come next.
         """
         with self._ticking, torch.inference_mode():
-            self._leave()
-            self._admit()
-            groups = groups_of(self._steps, self._guided(), self.plan.schedule.tokens)
-            if not groups:
-                self._note(active=0, used=0, planned=0)
-                return False
             start = time.perf_counter()
             try:
+                self._leave()
+                self._admit()
+                groups = groups_of(self._steps, self._guided(), self.plan.schedule.tokens)
+                if not groups:
+                    self._note(active=0, used=0, planned=0)
+                    return False
                 self._run(groups)
             except Exception as error:
-                _log.exception("a tick of %d images failed", sum(len(group.places) for group in groups))
+                _log.exception("a tick of %d images failed", sum(handle is not None for handle in self._inside))
                 self._fail(error)
             self._count(time.perf_counter() - start)
             return True

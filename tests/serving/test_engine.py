@@ -192,6 +192,18 @@ def test_a_failing_tick_fails_those_inside_alone(monkeypatch):
     assert torch.equal(handles[-1].result(0).tokens, alone(0, 7).tokens[0])
 
 
+def test_an_image_that_fails_as_it_enters_leaves_the_engine_at_work(monkeypatch):
+    served, failing = engine(), [False, False, True]  # the first of three
+    enter = served._model.enter
+    monkeypatch.setattr(served._model, "enter", lambda *given: 1 / 0 if failing.pop() else enter(*given))
+    handles = [served.submit(0, seed=i, **SAMPLING) for i in range(3)]
+    run(served)
+    with pytest.raises(ZeroDivisionError):
+        handles[0].result(0)
+    assert served.load.failed == 1 and served.load.drawn == 2
+    assert torch.equal(handles[2].result(0).tokens, alone(0, 2).tokens[0])
+
+
 def test_drain_finishes_and_close_cancels():
     served = engine().start()
     handle = served.submit(0, seed=1, **SAMPLING)

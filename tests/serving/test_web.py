@@ -108,6 +108,10 @@ def test_names_and_numbers_of_classes():
     for prompt in ("5", "-1", "fish", "", "٣", "1.0", "9" * 999):
         with pytest.raises(ValueError, match="it must be a class, 0 … 4, or one's name"):
             own.label(prompt)
+    unnamed = web.Served.of(engine(), "small", ("goldfish, ", "hen", "", "cat", "owl"), **SAMPLING)
+    for prompt in ("", " "):
+        with pytest.raises(ValueError, match="it must be a class"):
+            unnamed.label(prompt)
     with pytest.raises(ValueError, match="names are of 2 classes; the model has 5"):
         web.Served.of(engine(), "small", ("a", "b"), **SAMPLING)
     with pytest.raises(ValueError, match="top_k is 41; it must be at most 40"):

@@ -137,7 +137,8 @@ class Served:
         known: dict[str, int] = {}
         for label, line in enumerate(names):
             for part in (line, *line.split(",")):
-                known.setdefault(part.strip().lower(), label)
+                if part.strip():  # a class may have no name
+                    known.setdefault(part.strip().lower(), label)
         height, width = (side * engine.pixels for side in config.schedule.sizes[-1])
         return cls(
             name, width, height, config.schedule.tokens, config.num_classes, known, config.vocab_size, guidance,
