@@ -163,7 +163,7 @@ class AMSKV(Policy):
         instance_of("schedule", schedule, ScaleSchedule)
         saved = real_number("saved", saved)
         least = _least_condensed(condensed, losses)
-        most = 1 - sum(schedule.tokens[:least]) / schedule.total
+        most = 1 - _least_tokens(schedule, least) / schedule.total
         if not 0 < saved <= most or least >= len(schedule) - 1:
             raise ValueError(
                 f"saved is {saved:.4f}; with {shown(least)} condensed scales, schedule {schedule.name} can save "
@@ -207,11 +207,12 @@ class AMSKV(Policy):
         """
         mean = budget_mean(budget, schedule)
         least = _least_condensed(condensed, losses)
-        locked = sum(schedule.tokens[:least])
-        if mean + ROUNDING < locked or least >= len(schedule) - 1:
+        needed = _least_tokens(schedule, least)
+        if mean + ROUNDING < needed or least >= len(schedule) - 1:
+            held = f"{needed} of {shown(least)} condensed scales" if least else f"{needed} of the smallest scale"
             raise ValueError(
-                f"budget is {budget!r}, {mean:.4g} tokens per layer; it must hold the {locked} of {shown(least)} "
-                f"condensed scales of schedule {schedule.name}, and another scale must be read later"
+                f"budget is {budget!r}, {mean:.4g} tokens per layer; it must hold the {held} of schedule "
+                f"{schedule.name}, and another scale must be read later"
             )
         return _with_mean(schedule, num_layers, mean + ROUNDING, ranking, condensed, losses)
 
@@ -346,6 +347,11 @@ def _least_condensed(condensed: int | None, losses: Losses | None) -> int:
     if condensed is None:
         return CONDENSED if losses is None else 1
     return whole_number("condensed", condensed, 0)
+
+
+def _least_tokens(schedule: ScaleSchedule, condensed: int) -> int:
+    """What a layer must hold at least: its condensed scales, or without any the smallest that is read later."""
+    return sum(schedule.tokens[:condensed]) or min(schedule.tokens[:-1], default=0)
 
 
 @lru_cache(maxsize=256)

@@ -155,6 +155,8 @@ def test_a_long_policy_is_quoted_in_part():
         (lambda: AMSKV.for_budget(VAR_256, 4, Share(0.001)), ValueError, "it must hold the 5 of 2 condensed scales"),
         (lambda: AMSKV.for_budget(VAR_256, 10**9, Share(0.2)), ValueError, "num_layers is 1000000000; it must be at"),
         (lambda: AMSKV.for_budget(VAR_256, 4, Share(0.2), condensed=9), ValueError, "condensed scales of schedule"),
+        (lambda: AMSKV.for_budget(VAR_256, 4, Share(1e-4), condensed=0), ValueError, "must hold the 1 of the smallest"),
+        (lambda: AMSKV.for_saving(VAR_256, 4, 1.0, condensed=0), ValueError, "saved is 1.0000; with 0 condensed"),
         (lambda: held(SnapKV(Share(0.01))), ValueError, "budget is 6 tokens per head; it must hold the 16"),
         (lambda: held(HeatKV(Share(0.01), orders())), ValueError, "must hold the 14 tokens of the 3 protected"),
     ],
