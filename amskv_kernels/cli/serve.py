@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from amskv_kernels.arguments import shown
 from amskv_kernels.cli.arguments import command, memory, whole
 from amskv_kernels.cli.subjects import DIGIT_NAMES, add_sampling, add_var, subject_of
 from amskv_kernels.planning.memory import MIB
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 AT_ONCE = 8  # images whose widest steps fit the pool together, where no memory is given
 WAITING = 256  # images
 PORT = 8000
+BACKLOG = 2048  # connections that may wait to be taken; uvicorn's own default
 GRACE = 60  # seconds for what is being drawn when the server is told to stop
 SHORTEST_KEY = 16  # characters
 EPILOG = """\
@@ -57,19 +60,32 @@ def run(arguments: argparse.Namespace) -> int:
         raise RuntimeError(
             f"{error.name} is not installed; serving needs pip install 'amskv_kernels[serve]'"
         ) from error
-    app = _app(arguments)
+    listening = _listen(arguments.host, arguments.port)
+    try:
+        app = _app(arguments)
+    except BaseException:
+        listening.close()
+        raise
     if arguments.key_file is None and not _is_loopback(arguments.host):
         print(f"warning   whoever reaches {arguments.host} may draw; --key-file asks for a key", flush=True)
     config = uvicorn.Config(
         app, host=arguments.host, port=arguments.port, timeout_graceful_shutdown=arguments.grace, server_header=False,
         log_level="warning",
     )  # fmt: skip
-    listening = config.bind_socket()
-    listening.listen(config.backlog)  # whoever reads the line below may connect at once
     host, port = listening.getsockname()[:2]
     print(f"listening http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     uvicorn.Server(config).run(sockets=[listening])
     return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    if not host:
+        raise ValueError("--host is empty; 0.0.0.0 stands for every address of this machine")
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, TypeError, UnicodeError) as error:  # TypeError: of names that are not encodable
+        raise ValueError(f"--host {shown(host)} --port {port} cannot be listened at: {error}") from error
 
 
 def _app(arguments: argparse.Namespace) -> FastAPI:

@@ -1,6 +1,7 @@
 """Whatever is wrong on a command line is one line on stderr and exit code 2, and nothing is allocated for it."""
 
 import argparse
+import importlib.util
 import random
 import resource
 
@@ -40,6 +41,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def inside(folder, monkeypatch):
     monkeypatch.chdir(folder)
+    if importlib.util.find_spec("uvicorn"):  # it listens, and serves nothing
+        monkeypatch.setattr("uvicorn.Server.run", lambda _, sockets: [each.close() for each in sockets])
 
 
 def commands():
@@ -56,6 +59,7 @@ BASE = {
     "fit": ["--var", "var.safetensors", "--vae", "vae.safetensors", "--kept", "50", "--measure", "1", "--draw", "1"],
     "generate": ["--var", "var.safetensors", "--vae", "vae.safetensors", "--images", "1", "--top-k", "9"],
     "evaluate": ["--var", "var.safetensors", "--vae", "vae.safetensors", "--images", "1", "--top-k", "9"],
+    "serve": ["--var", "var.safetensors", "--vae", "vae.safetensors", "--top-k", "9", "--port", "0"],
     "doctor": [],
 }
 OPTIONS = [(name, option) for name, taking, _ in commands() for option in taking]
