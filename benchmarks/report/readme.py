@@ -244,6 +244,27 @@ def _evaluation() -> str:
     )  # fmt: skip
 
 
+def _judged() -> str:
+    """Real avatars, and generated ones of pairs that were shown and that were held out."""
+    if (result := _example("avatars", "evaluation.json")) is None:
+        return NONE_YET
+    names, real = result["attributes"], result["real"]
+    bias = "; ".join(f"{value:.2f} of {count}" for count, value in real["frechet_of_real"].items())
+    found = {f"real, {real['avatars']['tested']:,}": (real["accuracy"], "")}
+    for kind in (key for key in result if key.startswith("pairs")):
+        found[f"{kind}, {result['images']}"] = result[kind]["accuracy"], f"{result[kind]['frechet']:.2f}"
+    lines = [
+        f"| {kind} | {' | '.join(f'{accuracy[name]:.1%}' for name in names)} | {distance} |"
+        for kind, (accuracy, distance) in found.items()
+    ]
+    header = f"| avatars | {' | '.join(names)} | Fréchet distance |"
+    return "\n".join(
+        [header, f"|---|{'---|' * (len(names) + 1)}", *lines, "",
+         f"Everything kept, fp32. Real avatars are this far from the distance's reference themselves: {bias} of them. "
+         f"Measured on {result['device']}, torch {result['torch']} (`{result['path']}`)."]
+    )  # fmt: skip
+
+
 def _cpu(machine: dict[str, str]) -> str:
     """The processor as the examples name it; older results say "1 threads"."""
     return re.sub(r"\b1 threads$", "1 thread", machine["cpu"])
@@ -285,6 +306,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "shootout-avatars": lambda: _shootout("avatars"),
     "digits": lambda: _demo("digits"),
     "avatars": lambda: _demo("avatars"),
+    "avatars-judged": _judged,
     "fuzz": _fuzz,
     "digits-evaluation": _evaluation,
     "lossless": _lossless,

@@ -73,3 +73,12 @@ def test_avatars_are_what_they_say(tmp_path):
     assert ours.images.shape == (30, 3, 64, 64) and not attributes.is_held_out(ours.values[:, :4]).any()
     corner = torch.tensor([[int(v[i : i + 2], 16) for i in (1, 3, 5)] for v in attributes.ATTRIBUTES["background"]])
     assert ours.images[:, :, 0, 0].equal(corner[ours.values[:, 4]].to(torch.uint8))
+
+
+def test_what_ships_is_small_and_of_the_size_it_says():
+    files = list(model.WEIGHTS.glob("*.safetensors"))
+    assert len(files) == 3 and sum(file.stat().st_size for file in files) <= 20e6
+    var, vae = model.load()
+    assert var.config.depth >= 12 and var.config.head_dim == 64 and var.config.schedule.total == 680
+    assert vae.config.patch * vae.config.schedule.sizes[-1][0] == data.SIDE
+    assert len(var.class_emb.weight) == attributes.NUM_CLASSES + 1
