@@ -22,7 +22,7 @@ VAR_SIZES: dict[str, Any] = {
     "depth": 12, "embed_dim": 128, "num_heads": 2, "vocab_size": 256, "z_channels": 16, "num_classes": NUM_CLASSES,
     "shared_adaln": True,
 }  # fmt: skip
-SAMPLING: dict[str, Any] = {"cfg": 2.0, "top_k": 64, "top_p": 0.95}  # arguments of VAR.generate that suit this model
+SAMPLING: dict[str, Any] = {"cfg": 3.0, "top_k": 64, "top_p": 0.8}  # arguments of VAR.generate that suit this model
 
 
 class SummedEmbedding(nn.Module):
