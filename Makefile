@@ -22,11 +22,12 @@ $(VENV)/ready: requirements.txt pyproject.toml setup.py
 	AMSKV_CUDA=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: $(VENV)/ready  ## digits from one seed under every policy: table and pictures (3 minutes)
-	$(BIN)/python -m examples.demo digits --images 100
+demo: $(VENV)/ready  ## digits and avatars from one seed under every policy: tables and pictures (3 minutes)
+	$(BIN)/python -m examples.demo
 
-shootout: $(VENV)/ready  ## every cache policy at equal bytes, 100 digits each: table and plots (10 minutes; goes on where it was cut off)
+shootout: $(VENV)/ready  ## every cache policy at equal bytes, 100 digits and 40 avatars each: tables and plots (half an hour; goes on where it was cut off)
 	$(BIN)/python -m examples.shootout digits --out $(OUT)/digits
+	$(BIN)/python -m examples.shootout avatars --images 40 --out $(OUT)/avatars
 
 test: lint  ## everything that needs no GPU
 	$(BIN)/python -m pytest

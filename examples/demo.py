@@ -31,7 +31,7 @@ from amskv_kernels.planning.memory import MIB, counted
 from examples.subjects import NAMES, POLICIES, Subject, cache_for, plan_for, shown, subject
 
 PAIR_BYTES = 8  # the demo runs in fp32, stock cache and pages alike
-SHOWN = 20  # images on the contact sheet, at most
+SHOWN = 14  # images on the contact sheet, at most
 
 
 @dataclass
