@@ -40,13 +40,13 @@ from benchmarks.harness.roofs import GPUS, measure_ceilings
 from benchmarks.harness.tasks import BROKEN_DEVICE, BrokenDeviceError, Context, Task, run_tasks
 from benchmarks.report import compare
 from benchmarks.report.tables import show
-from benchmarks.suites import host, image, module, plans, roof, steps
+from benchmarks.suites import host, image, module, plans, roof, serving, steps
 
 GPU_SUITES = ("kernel", "module", "image", "host", "plan")
 CPU_SUITES = ("cpu", "host", "plan", "roof")
 RUNS_ON = {
     "cpu": ("cpu",), "host": ("cuda", "cpu"), "image": ("cuda", "cpu"), "kernel": ("cuda",), "module": ("cuda", "cpu"),
-    "plan": ("cuda", "cpu"), "roof": ("cuda", "cpu"),
+    "plan": ("cuda", "cpu"), "roof": ("cuda", "cpu"), "serving": ("cpu",),
 }  # fmt: skip
 
 
@@ -105,6 +105,8 @@ def plan_tasks(suites: Sequence[str], context: Context, gpu: str) -> list[Task]:
             tasks += host.tasks(context)
         elif suite == "plan":
             tasks += plans.tasks(context)
+        elif suite == "serving":
+            tasks += serving.tasks(context)
         else:
             tasks += roof.tasks(gpu, context)
     return list({task.key: task for task in tasks}.values())

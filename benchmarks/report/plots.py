@@ -13,6 +13,7 @@ from amskv_kernels.planning.memory import counted
 from benchmarks.harness import machine
 from benchmarks.harness.peers import OURS
 from benchmarks.harness.results import newest, rows
+from benchmarks.report import serving
 from benchmarks.report.tables import CaseName, case_of, cases, contestants, module_totals, total_us
 from benchmarks.suites.image import MODELS
 
@@ -208,6 +209,8 @@ def wanted(results: Sequence[Result]) -> dict[str, Callable[[Path], None]]:
     for model in MODELS if drawn else ():
         if drawn and rows(drawn, "image", model=model):
             found[f"batches-{model}.png"] = partial(batches, drawn, model)
+    if (served := newest(results, "serving", "cpu")) is not None and serving.settings(served):
+        found["serving.png"] = partial(serving.picture, served)
     return found
 
 

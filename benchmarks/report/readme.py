@@ -331,6 +331,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "int8-kernels": _int8_kernels,
     "compatibility": _compatibility,
     "roofs": lambda: _newest("roof", None, _roofs),
+    "serving": lambda: _newest("serving", "cpu", _captioned(tables.serving)),
     "staggering": staggering.table,
     "pictures": _pictures,
     "not-measured": lambda: "\n\n".join(f"`{r['file']}`\n\n{tables.missing(r)}" for r in committed() if r["missing"]),

@@ -174,6 +174,19 @@ def images(result: Result, style: str) -> str:
     return table(lines, ("model", "cache", "images", "how", "images / s", "peak GiB"), style, 2)
 
 
+def serving(result: Result, style: str) -> str:
+    """Every setting at every load: throughput, latency and images inside, one server after the other."""
+    lines = []
+    for row in rows(result, "serving"):
+        case = (f"{row['model']}, {row['policy']}", f"{row['pool_mib']:.0f}", f"{row['load']:g}×")
+        for name, one in row["servers"].items():
+            figures = (f"{one['images_s']:.3g}", f"{one['p50_s']:.2f}", f"{one['p99_s']:.2f}", f"{one['inside']:.1f}")
+            lines.append((*case, name, *figures))
+            case = ("", "", "")
+    headers = ("model", "pool MiB", "load", "server", "images / s", "p50 s", "p99 s", "images at once")
+    return table(lines, headers, style, 4)
+
+
 def capacity(result: Result, style: str) -> str:
     """The largest batches before memory runs out."""
     found = rows(result, "capacity")
@@ -279,6 +292,7 @@ def show(results: Sequence[Result]) -> str:
             ("module", "module: norm, RoPE, cache and attention, all layers and steps", modules),
             ("host", "host: what stands before a kernel", hosts),
             ("capacity", "largest batches", capacity),
+            ("serving", "serving: Poisson arrivals", serving),
         ):
             if rows(result, suite):
                 parts += [title, make(result, "simple")]
