@@ -10,7 +10,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from small_engines import SCHEDULE, alone, engine
+import torch
+from small_engines import SCHEDULE, alone, engine, model
 
 ray = pytest.importorskip("ray")
 web = pytest.importorskip("small_servers", reason="needs what the extra `serve` installs")
@@ -21,19 +22,23 @@ PORT = 18473
 
 @pytest.fixture
 def address(tmp_path):
-    """Of an endpoint with two replicas, whose process ids are the names of files in `tmp_path`."""
+    """Of an endpoint with two replicas, whose process ids are the names of files in `replicas`."""
     from ray import serve
 
     from amskv_kernels.serving.ray import application
 
-    def make():
-        import torch
+    var, vae = model()
+    torch.save((var.state_dict(), vae.state_dict()), tmp_path / "weights")  # random ones, of this process alone
+    (tmp_path / "replicas").mkdir()
 
+    def make():
         torch.set_num_threads(1)
+        for own, weights in zip(model(), torch.load(tmp_path / "weights"), strict=True):
+            own.load_state_dict(weights)
         drawer = engine("sliding:1", 2, max_waiting=IMAGES)
         step = drawer._model.step
         drawer._model.step = lambda *given: [__import__("time").sleep(0.02), step(*given)]  # so that it dies at work
-        (tmp_path / str(os.getpid())).touch()
+        (tmp_path / "replicas" / str(os.getpid())).touch()
         return drawer, web.served(drawer)
 
     path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
@@ -60,21 +65,23 @@ def same_as_alone(picture, seed):
 
 
 def test_a_replica_that_is_killed_loses_no_image(address, tmp_path):
+    replicas = tmp_path / "replicas"
     with concurrent.futures.ThreadPoolExecutor(IMAGES) as pool:
         plain = [pool.submit(ask, address, prompt="dog", seed=seed) for seed in range(IMAGES - 4)]
         streams = [
             pool.submit(ask, address, prompt="dog", seed=seed, stream=True, partial_images=len(SCHEDULE) - 1)
             for seed in range(IMAGES - 4, IMAGES)
         ]
-        web.until(lambda: len(list(tmp_path.iterdir())) == 2 and any(one.done() for one in plain), 300)
-        os.kill(int(next(tmp_path.iterdir()).name), signal.SIGKILL)
+        web.until(lambda: len(list(replicas.iterdir())) == 2 and any(one.done() for one in plain), 300)
+        assert not all(one.done() for one in (*plain, *streams)), "it dies at work"
+        os.kill(int(next(replicas.iterdir()).name), signal.SIGKILL)
         for seed, answer in enumerate(plain):
             same_as_alone(json.loads(answer.result())["data"][0]["b64_json"], seed)
         for seed, answer in enumerate(streams, IMAGES - 4):
             events = [json.loads(line[6:]) for line in answer.result().splitlines() if line.startswith("data: ")]
             assert [event.get("step") for event in events] == [1, 2, 3, 4, None], "each scale once, in order"
             same_as_alone(events[-1]["b64_json"], seed)
-    web.until(lambda: len(list(tmp_path.iterdir())) == 3, 300)  # another has taken its place
+    web.until(lambda: len(list(replicas.iterdir())) == 3, 300)  # another has taken its place
     with pytest.raises(urllib.error.HTTPError) as refused:
         ask(address, prompt="unicorn")
     assert json.loads(refused.value.read())["error"]["param"] == "prompt"
