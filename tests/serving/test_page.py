@@ -9,6 +9,13 @@ from tools import browser
 
 web = pytest.importorskip("small_servers", reason="needs what the extra `serve` installs")
 
+CAPTIONS = "[...document.querySelectorAll('figcaption')].map(one => one.textContent)"
+
+
+def grows(captions):
+    """Whether one of them tells a scale; images ahead of it may be done."""
+    return any(re.search(rf"scale \d of {len(SCHEDULE)}", one) for one in captions)
+
 
 @pytest.mark.skipif(browser.find() is None, reason="no Chromium is installed")
 def test_it_draws_and_shows_the_pool(monkeypatch):
@@ -25,10 +32,11 @@ def test_it_draws_and_shows_the_pool(monkeypatch):
         page.open(f"http://{address}/?prompt=hen&count=12&seed=3", 900, 700)
         web.until(lambda: page.ask("document.querySelectorAll('figure img[src]').length"))
         web.until(lambda: page.ask("parseFloat(document.querySelector('#pool div').style.height)") or 0)
-        captions = page.ask("[...document.querySelectorAll('figcaption')].map(one => one.textContent)")
+        web.until(lambda: grows(page.ask(CAPTIONS)))  # and stays so until it has been looked at
+        captions = page.ask(CAPTIONS)
         booked = page.ask("[...document.querySelectorAll('#pool div')].map(one => parseFloat(one.style.height))")
         looked[0] = True
-        assert len(captions) == 12 and re.search(rf"seed 3: scale \d of {len(SCHEDULE)}", captions[0]), captions
+        assert len(captions) == 12 and captions[-1] == "seed 14: waits", captions
         assert len(booked) == len(SCHEDULE) and all(0 <= height <= 100 for height in booked)
         web.until(lambda: page.ask("document.querySelectorAll('img[data-done=true]').length") == 12)
         assert page.ask("document.getElementById('model').textContent") == "– small"
