@@ -5,6 +5,7 @@ What an example adds is its pictures: streams of batches.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
 import sys
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from amskv_kernels.cli import arguments
 from amskv_kernels.files import replacing
 from amskv_kernels.models import VAR, VQVAE
 from amskv_kernels.models.vqvae import Double, Halve, ResBlock, SpatialAttention
@@ -46,6 +48,28 @@ class Plan:
     no_label: float = 0.1  # share of labels replaced by "no class", which guidance needs
     log_every: int = 51  # prime to the number of turns, so that the log shows every kind of step
     save_every: int = 250
+
+
+def minutes(text: str) -> float:
+    """A time to train for; argparse says this name where the text is none."""
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text} is no time to train for; it must be above 0")
+    return float(text)
+
+
+def command_line(what: str | None, weights: Path) -> argparse.ArgumentParser:
+    """The options that every training has."""
+    parser = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--out", type=arguments.output_folder, default=weights,
+        help="where weights and log go (default: beside this file)",
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything")
+    parser.add_argument("--threads", type=arguments.whole(1), default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--minutes", type=minutes, default=math.inf, help="let the VAR train for at most this long")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer; needs a C++ compiler")
+    return parser
 
 
 class BlockCausal:

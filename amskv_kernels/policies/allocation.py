@@ -9,6 +9,7 @@ leave it is given its best course, until none gains.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -140,7 +141,7 @@ def _program(
         uses: (calls, N).
         most: (calls,).
         rows: (N,) whose option it is.
-        whole: each row takes one option; else options may be mixed.
+        whole: each row takes one option, or in the end none at all; else options may be mixed.
 
     Returns:
         the mix (N,), its loss, and what a token more would gain at each call (0 where `whole`).
@@ -164,6 +165,8 @@ def _program(
     else:
         found = linprog(losses, uses[binding], most[binding], equal, ones, method="highs")
         prices[binding] = -found.ineqlin.marginals
+    if found.x is None and whole:  # none was met in so many nodes
+        return np.zeros_like(losses), math.inf, prices
     if found.x is None:
         raise RuntimeError(f"HiGHS found no mix: {found.message}")
     return found.x, float(found.fun), prices

@@ -74,9 +74,11 @@ def find_setting(
     counts = range(1, len(schedule) - 1) if condensed is None else (condensed,)
     found = [_tried(schedule, num_layers, mean, count) for count in counts if sum(schedule.tokens[:count]) <= mean]
     allowed = max(UNSPENT, min(float(tried.unspent.min()) for tried in found))
+    # A step counts by the loss of one query, over its map's tokens: what goes wrong early is in all later maps.
+    tables = [table / n**2 for table, n in zip(losses.of_sets("layer", 0), schedule.tokens, strict=True)]
     best = []
     for tried in found:
-        loss = np.where(tried.unspent <= allowed, _losses(schedule, tried, ranking, losses), np.inf)
+        loss = np.where(tried.unspent <= allowed, _losses(tried, ranking, tables), np.inf)
         best.append((float(loss.min()), tried.setting(int(loss.argmin()), ranking)))
     return min(best)[1]
 
@@ -152,12 +154,8 @@ def _passing(
     return float(live.max() - held.sum(0).max()) / (mean * num_layers)
 
 
-def _losses(schedule: ScaleSchedule, tried: _Tried, ranking: Sequence[int], losses: Losses) -> Floats:
-    """(N,) expected loss of every pair.
-
-    A step counts by the loss of one query, over its map's tokens: what goes wrong in an early map is in all later ones.
-    """
-    tables = [table / n**2 for table, n in zip(losses.of_sets("layer", 0), schedule.tokens, strict=True)]
+def _losses(tried: _Tried, ranking: Sequence[int], tables: Sequence[npt.NDArray[np.floating]]) -> Floats:
+    """(N,) expected loss of every pair, from `Losses.of_sets` of each step."""
     cost = np.array(
         [
             sum(tables[step][sum(1 << s for s in seen)] for step, seen in enumerate(each))

@@ -78,7 +78,7 @@ class RayDrawing:
             except RayTaskError as error:
                 raise error.cause from None
             except LOST:
-                if self._tries == MOST_TRIES:
+                if self._tries >= MOST_TRIES:
                     raise
             else:
                 return
@@ -97,8 +97,10 @@ class RayDrawing:
             except RayTaskError as error:
                 raise error.cause from None
             except LOST:
-                if self._tries == MOST_TRIES:
+                if self._tries >= MOST_TRIES:
                     raise
+            else:
+                raise RuntimeError("a replica's drawing ended without its image")
             await self.begin()
 
     def cancel(self) -> None:

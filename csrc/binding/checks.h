@@ -1,4 +1,4 @@
-// The argument checks of amskv_kernels/checks.py, for calls that reach the library without passing Python.
+// The argument checks of amskv_kernels/ops/checks.py, for calls that reach the library without passing Python.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -2,11 +2,13 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cmath>
 #include <memory>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "binding/checks.h"

@@ -70,8 +70,10 @@ void load_block(const Keys<T, Page, kBlock>& keys, int head_dim, Scratch& scratc
     }
     for (int i = in_place; i < keys.count; ++i) {
         const auto copy_row = i < keys.paged ? copy<Page> : copy<T>;
-        scratch.keys[i] = copy_row(keys.k[i], keys.k_scale[i], head_dim, scratch.key_copies + i * head_dim);
-        scratch.values[i] = copy_row(keys.v[i], keys.v_scale[i], head_dim, scratch.value_copies + i * head_dim);
+        const bool scaled = kEightBits<Page>;  // others have no scales
+        const float k_scale = scaled ? keys.k_scale[i] : 1, v_scale = scaled ? keys.v_scale[i] : 1;
+        scratch.keys[i] = copy_row(keys.k[i], k_scale, head_dim, scratch.key_copies + i * head_dim);
+        scratch.values[i] = copy_row(keys.v[i], v_scale, head_dim, scratch.value_copies + i * head_dim);
     }
     for (int i = 0; i < kPastEnd; ++i) scratch.keys[keys.count + i] = scratch.keys[keys.count - 1];
 }

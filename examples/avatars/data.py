@@ -9,6 +9,7 @@ import io
 import json
 import multiprocessing
 import sys
+import zlib
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -81,7 +82,8 @@ def draw(seed: int) -> tuple[np.ndarray, list[int]]:
 
 def avatars(part: str, count: int, folder: Path, jobs: int = 1) -> Avatars:
     """The first `count` avatars of a part, kept in `folder` for later; the generator's lack the held-out pairs."""
-    file = folder / f"{part}-{count}.pt"
+    drawn_as = zlib.crc32(json.dumps([STYLE, SIDE, _options(0)]).encode())  # others are other avatars
+    file = folder / f"{part}-{count}-{drawn_as:08x}.pt"
     if not file.exists():
         first = PARTS[part] * PART_SEEDS
         drawn: list[tuple[np.ndarray, list[int]]] = []

@@ -20,13 +20,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from amskv_kernels.cli import arguments, console
+from amskv_kernels.cli import console
 from amskv_kernels.files import write_json
 from amskv_kernels.models import VAR, VQVAE, checkpoint
 from examples.avatars.attributes import ASKED, class_of
 from examples.avatars.data import Avatars, avatars
 from examples.avatars.model import SCHEDULE, VAR_SIZES, VQVAE_SIZES, WEIGHTS, SummedEmbedding, build
-from examples.training import SEED, Plan, Run, Stream, initialise, near_identity, shuffled, train_var, train_vqvae
+from examples.training import (
+    SEED,
+    Plan,
+    Run,
+    Stream,
+    command_line,
+    initialise,
+    minutes,
+    near_identity,
+    shuffled,
+    train_var,
+    train_vqvae,
+)
 
 PLAN = Plan(
     vae_steps=4000, vae_batch=4, vae_lr=5e-4, code_pace=6.0, vae_sharp=0.2, var_steps=4000,
@@ -99,21 +111,10 @@ def learn(plan: Plan, images: int, args: argparse.Namespace) -> dict[str, object
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser = command_line(__doc__, WEIGHTS)
     parser.add_argument(
-        "--out",
-        type=arguments.output_folder,
-        default=WEIGHTS,
-        help="where weights and log go (default: beside this file)",
+        "--vae-minutes", type=minutes, default=math.inf, help="let the VQ-VAE train for at most this long"
     )
-    parser.add_argument("--quick", action="store_true", help="a few steps of everything")
-    parser.add_argument("--threads", type=arguments.whole(1), default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument(
-        "--vae-minutes", type=float, default=math.inf, help="let the VQ-VAE train for at most this long"
-    )
-    parser.add_argument("--minutes", type=float, default=math.inf, help="let the VAR train for at most this long")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer; needs a C++ compiler")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)

@@ -9,9 +9,7 @@ An interrupted run goes on from its last checkpoint.
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import platform
 import sys
 from collections.abc import Iterator
@@ -27,7 +25,7 @@ from amskv_kernels.models import VQVAE, checkpoint
 from examples.digits.data import SEED, Digits, accuracy, augment, digits
 from examples.digits.evaluate import evaluate
 from examples.digits.model import SCHEDULE, VAR_SIZES, VQVAE_SIZES, WEIGHTS, build
-from examples.training import Plan, Run, Stream, initialise, shuffled, train_var, train_vqvae
+from examples.training import Plan, Run, Stream, command_line, initialise, shuffled, train_var, train_vqvae
 
 QUICK = Plan(
     vae_steps=6, vae_batch=8, var_steps=4, var_turns=((8, 2), (10, 2)), warmup=2, log_every=2, save_every=2
@@ -52,20 +50,9 @@ def token_batches(vae: VQVAE, data: Digits, size: int, run: Run, device: str) ->
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument(
-        "--out",
-        type=arguments.output_folder,
-        default=WEIGHTS,
-        help="where weights and log go (default: beside this file)",
-    )
-    parser.add_argument("--quick", action="store_true", help="a few steps of everything")
-    parser.add_argument("--threads", type=arguments.whole(1), default=torch.get_num_threads(), help="CPU threads")
+    parser = command_line(__doc__, WEIGHTS)
     parser.add_argument("--vae-steps", type=arguments.whole(1))
     parser.add_argument("--var-steps", type=arguments.whole(1))
-    parser.add_argument("--minutes", type=float, default=math.inf, help="let the VAR train for at most this long")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer; needs a C++ compiler")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)

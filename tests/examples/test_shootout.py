@@ -1,6 +1,7 @@
 """The shoot-out's arithmetic: settings within their bytes, and tables that say what the rows do."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from test_allocation import random_losses
 
 from amskv_kernels import CachePlan, ScaleSchedule
 from amskv_kernels.policies import Drafters, HeadOrders, LeastLoss
-from examples import contestants, demo, shootout, tables
+from examples import contestants, demo, shootout, tables, training
 from examples.subjects import subject
 
 RESULT = subject("digits").results / "shootout.json"
@@ -96,6 +97,27 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     assert repr(policies["LeastLoss", 0.1]) == repr(LeastLoss(68, losses))
     list(shootout.run(args, policies, rows))
     assert drawn == [("LeastLoss", 0.1)], "what was fitted to other losses is another policy"
+
+
+def test_rows_of_other_weights_or_another_setup_are_drawn_again(tmp_path):
+    path, setup = tmp_path / "shootout.json", {"images": 2, "batch": 2, "sampling": {"cfg": 3.0}}
+    measured = [{"tokens": 1, "attention": 0.2}, {"tokens": 4, "attention": 0.05}]
+    assert shootout.settled(path, setup, measured) == []
+    path.write_text(json.dumps({**setup, "rows": [{"policy": "full"}], "scales": measured}))
+    nearly = [{**each, "attention": each["attention"] * 1.0001} for each in measured]
+    assert shootout.settled(path, setup, nearly) == [{"policy": "full"}]
+    assert shootout.settled(path, {**setup, "images": 3}, measured) == []
+    assert shootout.settled(path, setup, measured[:1]) == []
+    assert shootout.settled(path, setup, [measured[0], {"tokens": 4, "attention": 0.06}]) == []
+
+
+def test_a_training_takes_time(capsys):
+    parser = training.command_line(None, Path("."))
+    assert parser.parse_args(["--minutes", "0.5"]).minutes == 0.5
+    for wrong in ("0", "-1", "nan", "x"):
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--minutes={wrong}"])
+        assert "--minutes" in capsys.readouterr().err
 
 
 def test_no_progress_bar_in_a_log(capsys):

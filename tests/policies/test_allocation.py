@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,6 +93,17 @@ def test_no_allocation_is_better_by_more_than_the_gap(seed, peak):
     assert found.bound <= best * (1 + 1e-9)
     assert best * (1 - 1e-9) <= found.loss <= best * (1 + found.gap + 1e-9)
     assert found.loss <= 1.25 * best
+
+
+def test_an_integer_program_that_finds_nothing_in_time_is_no_error(monkeypatch):
+    schedule = ScaleSchedule([(1, 1), (1, 2), (2, 2), (2, 3)])
+    tables = random_losses(schedule, 2, 2, 0).of_sets("head", 0)
+    problem = Problem(tables, schedule.tokens, 0, 4 * 4.5, 2, False)
+    nothing = SimpleNamespace(x=None, message="node limit")
+    monkeypatch.setattr("scipy.optimize.milp", lambda *_, **__: nothing)
+    found = allocate(problem)
+    assert max(uses_of(problem, lambda row: row // 2, found.last_read)) <= problem.cap + 1e-6
+    assert found.bound <= brute_force(problem) <= found.loss * (1 + 1e-9)
 
 
 @settings(max_examples=40, deadline=None)

@@ -221,12 +221,42 @@ def test_an_image_that_never_fits_is_refused_with_the_numbers():
         assert small.post(GENERATE, json={"prompt": "1", "guidance": 0}).status_code == 200
 
 
-def test_an_engine_that_fails_is_told(monkeypatch):
+@pytest.mark.parametrize("kind", [ZeroDivisionError, ValueError])  # the latter is nobody's wrong field
+def test_an_engine_that_fails_is_told(monkeypatch, kind):
     drawer = engine()
-    monkeypatch.setattr(drawer._model, "step", lambda *_: 1 / 0)
+
+    def fail(*_):
+        raise kind("inside")
+
+    monkeypatch.setattr(drawer._model, "step", fail)
     with web.TestClient(web.app(drawer), raise_server_exceptions=False) as broken:
         assert told(broken.post(GENERATE, json={"prompt": "1"}), 500) == "the server failed; its log says why"
         ((name, data),) = events(broken.post(GENERATE, json={"prompt": "1", "stream": True}).text)
+        assert name == "error" and data["error"]["message"] == "the image could not be drawn"
+
+
+class Ending(web.EngineSource):
+    """Its images end before they are there."""
+
+    async def begin(self, request):
+        drawing = await super().begin(request)
+
+        class Cut:
+            cancel = drawing.cancel
+
+            async def __aiter__(self):
+                async for event in drawing:
+                    if hasattr(event, "steps"):
+                        yield event
+
+        return Cut()
+
+
+def test_a_source_that_ends_without_an_image_ends_the_answer():
+    drawer = engine()
+    with web.TestClient(web.create_app(served(drawer), Ending(drawer)), raise_server_exceptions=False) as cut:
+        assert told(cut.post(GENERATE, json={"prompt": "1"}), 500)
+        *_, (name, data) = events(cut.post(GENERATE, json={"prompt": "1", "stream": True, "partial_images": 2}).text)
         assert name == "error" and data["error"]["message"] == "the image could not be drawn"
 
 

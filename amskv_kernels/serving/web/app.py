@@ -62,7 +62,6 @@ def create_app(served: Served, source: Source, *, key: str | None = None) -> Fas
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await source.start()
         yield
-        endpoint.draining = True
         await source.stop()
 
     app = FastAPI(title="amskv_kernels", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
@@ -91,7 +90,7 @@ class Endpoint:
 
     def __init__(self, served: Served, source: Source) -> None:
         self.served, self.source = served, source
-        self.metrics, self.draining = Metrics(), False
+        self.metrics = Metrics()
         self._created = int(time.time())
 
     async def models(self) -> Models:
@@ -103,10 +102,9 @@ class Endpoint:
         self._check_model(name, 404)
         return Model(id=self.served.name, created=self._created)
 
-    async def health(self, response: Response) -> Health:
-        """Whether requests are taken."""
-        response.status_code = 503 if self.draining else 200
-        return Health(status="draining" if self.draining else "ok")
+    async def health(self) -> Health:
+        """That requests are taken: a server that stops hears no more of them."""
+        return Health()
 
     async def scrape(self) -> Response:
         """Prometheus metrics."""
@@ -173,10 +171,14 @@ class Endpoint:
         try:
             for one in asked:
                 begun.append(await self.source.begin(one))
-        except Exception as error:
+        except BaseException as error:  # a client that goes away meanwhile, too
             for drawing in begun:
                 drawing.cancel()
-            raise _refusal(error) from error
+            if isinstance(error, ValueError):  # the image can never enter; without guidance it would take half as much
+                raise RefusedError(400, str(error), "guidance") from error
+            if isinstance(error, Exception):
+                raise _refusal(error) from error
+            raise
         return begun
 
     async def _all(self, drawings: Sequence[Drawing], start: float) -> list[Drawn]:
@@ -229,6 +231,9 @@ async def _merged(drawings: Sequence[Drawing], silence: float) -> AsyncIterator[
         try:
             async for event in drawing:
                 queue.put_nowait((index, event))
+                if isinstance(event, Drawn):
+                    return
+            raise RuntimeError("a drawing ended without its image")
         except Exception as error:
             queue.put_nowait(error)
 
@@ -271,8 +276,6 @@ def _refusal(error: Exception) -> RefusedError:
         return RefusedError(429, str(error), code="queue_full", retry_after=error.seconds)
     if isinstance(error, ClosedError):
         return RefusedError(503, str(error), code="draining")
-    if isinstance(error, ValueError):  # the image can never enter; without guidance it would take half as much
-        return RefusedError(400, str(error), "guidance")
     return RefusedError(500, "the image could not be drawn", code="failed")
 
 

@@ -144,6 +144,6 @@ class Models(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether requests are taken."""
+    """That requests are taken."""
 
-    status: Literal["ok", "draining"]
+    status: Literal["ok"] = "ok"
