@@ -64,16 +64,27 @@ Scratch& scratch_of_thread() {
     return *scratch;
 }
 
-// Runs the tasks on torch's threads, each taking the next one left. `work` tells whether that is worth waking them.
+// Runs the tasks on torch's threads, each taking the next ones left: of small tasks several, so that threads do not wait
+// for each other's counting. `work`, of all tasks, tells whether waking threads is worth it.
 template <typename Run>
 void for_each_task(int64_t tasks, int64_t work, const Run& run) {
     const int64_t threads = work < kSmallWork ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+    if (threads <= 1) {
+        for (int64_t task = 0; task < tasks; ++task) run(task);
+        return;
+    }
+    const int64_t at_once = std::clamp<int64_t>(kSmallWork * tasks / work, 1, (tasks + 2 * threads - 1) / (2 * threads));
     std::atomic<int64_t> next{0};
-    const auto take = [&](int64_t, int64_t) {
-        for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) run(task);
-    };
-    if (threads <= 1) return take(0, 1);
-    torch::stable::parallel_for(0, threads, 1, take);
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+        for (int64_t first; (first = next.fetch_add(at_once, std::memory_order_relaxed)) < tasks;) {
+            for (int64_t task = first; task < std::min(first + at_once, tasks); ++task) run(task);
+        }
+    });
+}
+
+// Of the pages that a call writes, with the zeros that it leaves in them.
+int64_t stored_elements(const SlotTable& write, const Pool& pool, const Tensor& k) {
+    return 2 * k.size(0) * k.size(2) * k.size(3) * write.count * pool.page_size;
 }
 
 AttnParams params_of(
@@ -110,7 +121,7 @@ std::tuple<Tensor, Tensor> attn_cpu(
     if (q.numel() == 0) return {out, lse};
     const AttnCut cut = cut_attn(p, static_cast<int>(torch::stable::get_num_threads()));
     const int64_t keys = p.tokens + int64_t{p.read.count} * p.pool.page_size;
-    for_each_task(cut.tasks, q.numel() * keys, [&](int64_t task) { set.attn(p, cut, task, scratch_of_thread()); });
+    for_each_task(cut.tasks, q.numel() * keys + stored_elements(p.write, p.pool, k), [&](int64_t task) { set.attn(p, cut, task, scratch_of_thread()); });
     return {out, lse};
 }
 
@@ -129,7 +140,7 @@ void append_cpu(
     check_tables(p.pool, {}, p.write, p.batch, p.kv_heads, p.tokens);
     if (p.write.count > 0) check_apart("k", k, pages, page_scales), check_apart("v", v, pages, page_scales);
     const InstructionSet& set = instruction_set_of(instruction_set);
-    for_each_task(int64_t{p.batch} * p.kv_heads, 2 * k.numel(), [&](int64_t task) {
+    for_each_task(int64_t{p.batch} * p.kv_heads, stored_elements(p.write, p.pool, k), [&](int64_t task) {
         set.append(p, static_cast<int>(task / p.kv_heads), static_cast<int>(task % p.kv_heads));
     });
 }

@@ -1,6 +1,7 @@
 // Attention of one task in fp32: tiles of query rows against the history in its pages and the current scale.
 #pragma once
 
+#include "cpu/attn_few.h"
 #include "cpu/cpu.h"
 #include "cpu/rows.h"
 #include "cpu/tile.h"
@@ -115,18 +116,20 @@ void attn_fp32(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& s
         end_tile<T>(p, part.batch, part.head, part.row + i * cut.rows_per_tile, scratch.tiles[i]);
 }
 
+template <typename T, typename Page>
+void attn_as(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& scratch) {
+    if (cut.rows <= kFewRows) return attn_few<T, Page>(p, cut, task);
+#ifdef __AVX512BF16__
+    if constexpr (__is_same(T, BFloat16)) return attn_pairs<Page>(p, cut, task, scratch);
+#endif
+    return attn_fp32<T, Page>(p, cut, task, scratch);
+}
+
 // The same elements in pages as in the current scale, or eight bits.
 template <typename T>
 void attn_of(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& scratch) {
-    p.pool.scales ? attn_fp32<T, int8_t>(p, cut, task, scratch) : attn_fp32<T, T>(p, cut, task, scratch);
+    p.pool.scales ? attn_as<T, int8_t>(p, cut, task, scratch) : attn_as<T, T>(p, cut, task, scratch);
 }
-
-#ifdef __AVX512BF16__
-template <>
-inline void attn_of<BFloat16>(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& scratch) {
-    p.pool.scales ? attn_pairs<int8_t>(p, cut, task, scratch) : attn_pairs<BFloat16>(p, cut, task, scratch);
-}
-#endif
 
 inline void attn_any(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& scratch) {
     switch (p.dtype) {

@@ -9,6 +9,7 @@ namespace amskv::cpu {
 
 inline constexpr int kTile = 64;       // query rows of a tile
 inline constexpr int kBlock = 96;      // keys of a block: its scores, or its V rows, stay in a first-level cache
+inline constexpr int kFewRows = 8;     // query rows of a KV head up to which they are taken one by one
 inline constexpr int kMostTiles = 16;  // tiles of a task, which share each block of keys
 inline constexpr int kMostHeadDim = 128;
 inline constexpr int kPairBlock = 128;  // keys of a block in bf16: a multiple of 32, which AMX multiplies at a time

@@ -121,6 +121,13 @@ inline Vec interleave(Vec a, Vec b, bool upper) {
 #endif
 }
 
+// x[step], x[step + 1] … and round to the first again.
+inline Vec rotate(Vec x, int step) {
+    Vec turned{};
+    for (int i = 0; i < kLanes; ++i) turned[i] = x[(i + step) % kLanes];
+    return turned;
+}
+
 // a0 b0 a1 b1 a2 b2 a3 b3 of each 8 elements of 16 bits, the lower 4 or the upper ones.
 inline Vec interleave_words(Vec a, Vec b, bool upper) {
     Words x = reinterpret_cast<Words>(a), y = reinterpret_cast<Words>(b), word;
@@ -132,6 +139,29 @@ inline Vec interleave_words(Vec a, Vec b, bool upper) {
 #else
     return reinterpret_cast<Vec>(__builtin_shuffle(x, y, word));
 #endif
+}
+
+// Lane i of the result is the sum of x[i]'s lanes.
+inline Vec sums_of(Vec (&x)[kLanes]) {
+#pragma GCC unroll 4
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i)
+            x[i] = interleave(x[i], x[i + half], false) + interleave(x[i], x[i + half], true);
+    }
+    return x[0];
+}
+
+// The largest lane, or the sum of all lanes, in every lane.
+inline Vec largest_lane(Vec x) {
+#pragma GCC unroll 4
+    for (int step = kLanes / 2; step > 0; step /= 2) x = larger(rotate(x, step), x);
+    return x;
+}
+inline Vec sum_of_lanes(Vec x) {
+#pragma GCC unroll 4
+    for (int step = kLanes / 2; step > 0; step /= 2) x += rotate(x, step);
+    return x;
 }
 
 // Turns the rows of a square into its columns: a perfect shuffle of rows and lanes, as often as halves them to one.

@@ -22,8 +22,13 @@ IN_EVERY_SET = pytest.mark.parametrize("instruction_set", SETS)
 IN_PAGES = pytest.mark.parametrize("make", [make, make_eight_bit], ids=["in pages as they are", "in eight bits"])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ops = torch.ops.amskv
-# Around every boundary: a vector of 4, 8 or 16 rows, a tile of 64 rows, a block of 96 keys, and several of each.
+# Around every boundary: 8 rows that are taken one by one, a vector of 4, 8 or 16 rows, a tile of 64 rows, a block of 96
+# keys, and several of each.
 BOUNDARIES = [
+    Case(n=8, history=(16,) * 6 + (3,), stored=(8,)),
+    Case(n=9, history=(16,) * 6 + (3,), stored=(9,)),
+    Case(n=2, heads=8, kv_heads=2, history=(128, 64, 1), page_size=128, head_dim=128, per_head=True),
+    Case(n=1, heads=6, kv_heads=1, history=(), stored=(1,), head_dim=96),
     Case(n=64, history=(16,) * 6, stored=(64,), page_size=64),
     Case(n=63, history=(32, 1), page_size=32, head_dim=96),
     Case(n=65, history=(16,) * 6 + (15,), stored=(16,) * 4 + (1,), head_dim=128),
@@ -112,8 +117,8 @@ def test_what_is_no_number_spoils_its_own_rows(what, dtype, instruction_set):
 @IN_EVERY_SET
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_logits_of_every_size(dtype, instruction_set):
-    for seed in range(3):
-        args = make(Case(n=70, history=(16, 16, 7), dtype=dtype), seed)
+    for seed, n in enumerate((70, 5, 70, 2)):
+        args = make(Case(n=n, history=(16, 16, 7), dtype=dtype), seed)
         large_logits.enlarge(args[0], args[1], args[3], seed)
         truth, truth_lse = reference.attn(*args[:3], args[3].clone(), *args[4:])
         out, lse = ops.attn_cpu(*args, instruction_set=instruction_set)
