@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from amskv_kernels.ops.checks import refuse_gradients
 
@@ -41,7 +42,8 @@ def refuse_backward(library: torch.library.Library, names: Iterable[str]) -> Non
 
 def _refusing(op: torch._ops.OpOverload) -> Callable[..., Any]:
     def autograd(keys: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
-        refuse_gradients(*(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            refuse_gradients(*(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keys & torch._C._after_autograd_keyset, *args, **kwargs)
 

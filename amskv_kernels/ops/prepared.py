@@ -3,7 +3,8 @@
 A backend that gains from it has `prepared_attn(call)`: from the pool, tables and sizes of one (step, layer) it makes a
 function of what a model brings, (q, k, v, softmax_scale) → out. It gets tables that a plan validated and arguments that
 `PlannedAttn.takes` passed; any other call goes the way of a raw one, whose checks name what is wrong with it. A backend
-whose own op checks everything in C++ says `CHECKS_ITSELF = True`, and its op is all that is called.
+whose own op checks everything in C++ says `CHECKS_ITSELF = True`, and its op is all that is called; what it refuses is
+named by the raw call's checks all the same.
 """
 
 from __future__ import annotations
@@ -41,12 +42,19 @@ def prepare_attn(call: PlannedAttn) -> Prepared:
     if not hasattr(module, "prepared_attn"):
         return raw
     ready: Prepared = module.prepared_attn(call)
-    takes, checks_itself = call.takes, getattr(module, "CHECKS_ITSELF", False)
+    takes = call.takes
 
     def checked(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        if not checks_itself and not takes(q, k, v, softmax_scale):
+        if not takes(q, k, v, softmax_scale):
             return raw(q, k, v, softmax_scale)
         with plain_kernels():
             return ready(q, k, v, softmax_scale)
 
-    return checked
+    def checking_itself(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+        try:
+            with plain_kernels():
+                return ready(q, k, v, softmax_scale)
+        except ValueError:
+            return raw(q, k, v, softmax_scale)
+
+    return checking_itself if getattr(module, "CHECKS_ITSELF", False) else checked

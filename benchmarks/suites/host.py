@@ -1,8 +1,8 @@
 """What stands before a kernel: microseconds from `attend` to the launch, and dispatcher calls per attention module.
 
 Triton is measured without a GPU: its kernels are compiled for one, and the launch itself is stubbed out. That needs a
-process of its own (`python -m benchmarks.suites.host`), whose driver is a stub. A backend that computes on the CPU is
-measured whole, on the smallest call there is: one token, one head, no history.
+process of its own (`python -m benchmarks.suites.host`), whose driver is a stub. The library's CPU kernels are left out
+of its calls. Plain PyTorch is measured whole, on the smallest call there is: one token, one head, no history.
 """
 
 from __future__ import annotations
@@ -13,15 +13,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amskv_kernels import CachePlan, Full, PagedKVCache, ScaleSchedule, ops
 from amskv_kernels.cli import console
+from amskv_kernels.ops.backends.library import cpu, planned
+from amskv_kernels.ops.checks import PlannedAttn
 from benchmarks.harness import peers
 from benchmarks.harness.cases import Case, layer_kinds
 from benchmarks.harness.inputs import Pool, UnavailableError
@@ -56,6 +60,14 @@ def attend_row(name: str) -> Row:
         if done.returncode:
             raise UnavailableError(f"Triton does not compile here: {done.stderr.strip().splitlines()[-1]}")
         return json.loads(done.stdout)
+    if name == "cpu":
+
+        def without_kernel(call: PlannedAttn) -> Callable[..., Tensor]:
+            return planned(partial(torch.ops.amskv.attn_cpu.default, instruction_set="none"), call)
+
+        with ops.backend(name), mock.patch.object(cpu, "prepared_attn", without_kernel):
+            us = measured(ScaleSchedule.named("var-256"), HEADS)
+        return {"suite": "host", "kind": "attend", "backend": name, "up_to": "the kernel", "us": us}
     with ops.backend(name):
         us = measured(ScaleSchedule([(1, 1)]), 1)
     return {"suite": "host", "kind": "attend", "backend": name, "up_to": "the end of a call of one token", "us": us}

@@ -30,6 +30,14 @@ inline std::string shape_of(const Tensor& x) {
     return text + ")";
 }
 
+inline bool same_shape(const Tensor& x, const Tensor& y) {
+    if (x.dim() != y.dim()) return false;
+    for (int64_t i = 0; i < x.dim(); ++i) {
+        if (x.size(i) != y.size(i)) return false;
+    }
+    return true;
+}
+
 // Whose kernels are called: the GPU's take 16-bit elements and pages at multiples of 16 bytes, the CPU's fp32 too.
 enum class Kernel { kGpu, kCpu };
 
@@ -104,7 +112,7 @@ inline void check_current(
     const std::optional<Tensor>& page_scales, Kernel kernel = Kernel::kGpu) {
     check_rows("k", k, "(B, n, Hkv, D)", kernel);
     check_rows("v", v, "(B, n, Hkv, D)", kernel);
-    if (shape_of(v) != shape_of(k)) refuse("v has shape ", shape_of(v), "; it must have that of k, ", shape_of(k));
+    if (!same_shape(v, k)) refuse("v has shape ", shape_of(v), "; it must have that of k, ", shape_of(k));
     check_same("v", v, "k", k);
     if (pages.scalar_type() == ScalarType::Char) {
         if (pages.device() != k.device()) refuse("pages is on another device than k");

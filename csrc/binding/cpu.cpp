@@ -21,8 +21,13 @@ namespace {
 
 constexpr int64_t kSmallWork = 1 << 15;  // elements below which waking other threads costs more than it gains
 
+// Computes nothing: what is left is what stands before a kernel.
+const InstructionSet kNone{
+    "none", [](const AttnParams&, const AttnCut&, int64_t, Scratch&) {}, [](const PrepareParams&, int64_t) {}};
+
 // The one of that name; the best that this machine has where the name is empty.
 const InstructionSet& instruction_set_of(const std::string& name) {
+    if (name == kNone.name) return kNone;
     const InstructionSet* best = nullptr;
     for (int rank = 0; const InstructionSet* set = instruction_set(rank); ++rank) {
         best = set;
@@ -199,7 +204,8 @@ std::string cpu_info() {
 }  // namespace
 }  // namespace amskv::cpu
 
-// The schemas of amskv::attn and so on under names of their own; `instruction_set` is for tests, "" the best there is.
+// The schemas of amskv::attn and so on under names of their own; `instruction_set` is for tests and benchmarks, ""
+// the best there is, "none" nothing at all.
 STABLE_TORCH_LIBRARY_FRAGMENT(amskv, m) {
     m.def(
         "attn_cpu(Tensor q, Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor read_slots, Tensor write_slots, "

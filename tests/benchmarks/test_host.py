@@ -2,6 +2,7 @@
 
 import pytest
 
+from amskv_kernels.ops.backends import library
 from benchmarks.harness.cases import Case
 from benchmarks.report import tables
 from benchmarks.suites import host
@@ -11,6 +12,13 @@ def test_a_backend_of_the_cpu_is_measured():
     row = host.attend_row("torch")
     assert row["us"] > 0
     assert row["up_to"] == "the end of a call of one token"
+
+
+@pytest.mark.skipif(library.why_not_loaded() is not None, reason=str(library.why_not_loaded()))
+def test_the_library_is_measured_up_to_its_kernel():
+    row = host.attend_row("cpu")
+    assert row["us"] > 0
+    assert row["up_to"] == "the kernel"
 
 
 def test_triton_is_measured_up_to_its_launch():

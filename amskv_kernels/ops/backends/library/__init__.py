@@ -74,7 +74,7 @@ def instruction_sets() -> list[str]:
     return names.split()
 
 
-def planned(op: torch._ops.OpOverload, call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+def planned(op: Callable[..., Any], call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
     """An op of the library with what a plan knows filled in."""
     pages, arena, read_slots, write_slots = call[:4]
     scales = () if call.page_scales is None else (call.page_scales,)

@@ -11,9 +11,12 @@ from amskv_kernels.ops.backends.library import planned, why_not_loaded
 from amskv_kernels.ops.checks import DTYPES, PlannedAttn
 from amskv_kernels.ops.ragged import by_neighbours
 
-__all__ = ["DTYPES", "PAGE_DTYPES", "append", "attn", "attn_ragged", "prepare_qk", "prepared_attn", "unavailable"]
+__all__ = [
+    "CHECKS_ITSELF", "DTYPES", "PAGE_DTYPES", "append", "attn", "attn_ragged", "prepare_qk", "prepared_attn", "unavailable",
+]  # fmt: skip
 
 PAGE_DTYPES = (*DTYPES, torch.int8)
+CHECKS_ITSELF = True  # slot tables too
 
 
 def unavailable(device: torch.device, forced: bool) -> str | None:
@@ -26,7 +29,7 @@ def attn(
     read_slots: Tensor, write_slots: Tensor, softmax_scale: float, page_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `amskv_kernels.ops.attn`."""
-    return torch.ops.amskv.attn_cpu(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales)
+    return torch.ops.amskv.attn_cpu.default(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales)
 
 
 def attn_ragged(
@@ -46,11 +49,11 @@ def append(
     k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor, page_scales: Tensor | None = None
 ) -> None:  # fmt: skip
     """See `amskv_kernels.ops.append`."""
-    torch.ops.amskv.append_cpu(k, v, pages, arena, write_slots, page_scales)
+    torch.ops.amskv.append_cpu.default(k, v, pages, arena, write_slots, page_scales)
 
 
 def prepare_qk(
     qkv: Tensor, kv_heads: int, q_scale: Tensor | None, cos: Tensor | None, sin: Tensor | None, l2norm: bool, eps: float
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `amskv_kernels.ops.prepare_qk`."""
-    return torch.ops.amskv.prepare_qk_cpu(qkv, kv_heads, q_scale, cos, sin, l2norm, eps)
+    return torch.ops.amskv.prepare_qk_cpu.default(qkv, kv_heads, q_scale, cos, sin, l2norm, eps)
