@@ -44,7 +44,8 @@ format: $(VENV)/ready  ## let ruff format and fix
 fuzz: $(VENV)/ready  ## 100,000 random calls per backend of the CPU, 10,000 random plans; goes on where it stopped (hours)
 	$(BIN)/python -W ignore -m tools.fuzz --calls 100000 --plans 10000 --out tools/reports/fuzz.json
 
-bench: $(VENV)/ready  ## every benchmark this machine can run: result, tables, plots (5 to 10 minutes)
+bench: $(VENV)/ready  ## every benchmark this machine can run, the CPU's on one thread too: results, tables, plots (5 to 10 minutes)
+	$(BIN)/python -m benchmarks cpu --device cpu --threads 1 --no-docs
 	$(BIN)/python -m benchmarks
 
 bench-smoke: $(VENV)/ready  ## a few benchmark calls, to see that they run

@@ -29,7 +29,7 @@ def attn(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor, arena: Tensor,
     read_slots: Tensor, write_slots: Tensor, softmax_scale: float, page_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if (module := _checking_itself("attn", k, pages)) is not None:
+    if (module := _checking_itself("attn", k, pages, q, v, arena, read_slots, write_slots)) is not None:
         with suppress(ValueError):  # named below, as for every backend
             return module.attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, *_given(page_scales))
     check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales)
@@ -62,7 +62,7 @@ def attn_ragged(
 def append(
     k: Tensor, v: Tensor, pages: Tensor, arena: Tensor, write_slots: Tensor, page_scales: Tensor | None = None
 ) -> None:  # fmt: skip
-    if (module := _checking_itself("append", k, pages)) is not None:
+    if (module := _checking_itself("append", k, pages, v, arena, write_slots)) is not None:
         with suppress(ValueError):
             return module.append(k, v, pages, arena, write_slots, *_given(page_scales))
     check_append(k, v, pages, arena, write_slots, page_scales)
@@ -115,9 +115,9 @@ def _given(page_scales: Tensor | None) -> tuple[Tensor, ...]:
     return () if page_scales is None else (page_scales,)
 
 
-def _checking_itself(op: str, k: Tensor, pages: Tensor) -> ModuleType | None:
+def _checking_itself(op: str, k: Tensor, pages: Tensor, *others: Tensor) -> ModuleType | None:
     """The backend of a call on the CPU whose op checks in C++ what stands below, tables too, in a tenth of the time."""
-    if not (k.is_cpu and pages.is_cpu):
+    if not all(isinstance(x, Tensor) and x.is_cpu for x in (k, pages, *others)):
         return None
     with suppress(RuntimeError, TypeError):  # a forced backend that cannot: the arguments are checked first
         module = backend_of(op, k.device, k.dtype, pages.dtype)

@@ -27,7 +27,9 @@ CPU_CASES = (
     ("var-d30", ("full", "ams-kv:75", "ams-kv:84.83"), 1, "fp32"),
     ("var-d30", ("full", "ams-kv:75"), 1, "bf16"),
     ("var-d36", ("full", "ams-kv:75"), 1, "fp32"),
+    ("var-d36", ("full",), 1, "bf16"),
     ("infinity-2b@infinity-0.25m-1.000", ("full", "ams-kv:75"), 1, "fp32"),
+    ("infinity-2b@infinity-0.25m-1.000", ("full",), 1, "bf16"),
 )
 QUICK_CPU_CASES = (("var-d16", QUICK_POLICIES, 1, "fp32"),)
 

@@ -126,6 +126,13 @@ def _steps(suite: str) -> Callable[[Result], str]:
     return make
 
 
+def _one_thread() -> str:
+    """The sums of the newest result on one thread."""
+    alone = [result for result in committed() if result["machine"].get("threads") == 1]
+    found = newest(alone, "cpu", "cpu")
+    return NONE_YET if found is None else _captioned(lambda r, s: tables.sums(r, "cpu", s), PEERS_NOTE + " ")(found)
+
+
 def _roofs(result: Result) -> str:
     found = rows(result, "roof")
     wanted = [row for row in found if row["images"] == 64]
@@ -315,6 +322,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "settings": _settings,
     "targets": lambda: targets.render(committed(), "github"),
     "cpu-sums": lambda: _newest("cpu", "cpu", _captioned(lambda r, s: tables.sums(r, "cpu", s), PEERS_NOTE + " ")),
+    "cpu-one-thread": _one_thread,
     "cpu-steps": lambda: _newest("cpu", "cpu", _steps("cpu")),
     "cpu-module": lambda: _newest("module", "cpu", _captioned(tables.modules)),
     "host": lambda: _newest("host", None, _captioned(tables.hosts)),

@@ -145,10 +145,6 @@ def _a100_64(result: Result) -> Verdict | None:
     return Verdict(f"{last[0]:.2f}×", last[0] >= 1.0) if last else None
 
 
-def _no_suite(_: Result) -> None:
-    """Nothing measures it yet."""
-
-
 def _loading(head_dim: int, most: int) -> Callable[[Result], Verdict | None]:
     """Whatever the result: the clocks stand in the native report."""
 
@@ -166,6 +162,35 @@ def _loading(head_dim: int, most: int) -> Callable[[Result], Verdict | None]:
 def _cpu_steps(result: Result) -> Verdict | None:
     found = [row["ratios"]["SDPA"] for row in rows(result, "cpu", policy="full") if row["n"] >= 64]
     return Verdict(f"least {min(found):.2f}× of {len(found)} rows", min(found) >= 1.0) if found else None
+
+
+def _cpu_early_steps(result: Result) -> Verdict | None:
+    found = [row for row in rows(result, "cpu", policy="full") if row["n"] < 64]
+    limits = [max(2 * row["times"]["SDPA"]["median_us"], 25.0) for row in found]
+    shares = [row["times"][OURS]["median_us"] / limit for row, limit in zip(found, limits, strict=True)]
+    return Verdict(f"at most {max(shares):.2f} of that in {len(shares)} rows", max(shares) <= 1) if shares else None
+
+
+def _cpu_roof(result: Result) -> Verdict | None:
+    found = rows(result, "cpu", policy="full")
+    last = [max((row for row in found if case_of(row) == case), key=lambda row: row["step"]) for case in cases(found)]
+    shares = [row["times"][OURS]["share_of_roof"] for row in last]
+    return Verdict(f"least {min(shares):.0%} of {len(shares)} cases", min(shares) >= 0.6) if shares else None
+
+
+def _cpu_bf16(result: Result) -> Verdict | None:
+    found = rows(result, "cpu")
+    sums = {case: total_us([row for row in found if case_of(row) == case], OURS) for case in cases(found)}
+    pairs = [(us, sums.get((*case[:3], "fp32"))) for case, us in sums.items() if case[3] == "bf16"]
+    known = [bf16 / fp32 for bf16, fp32 in pairs if bf16 and fp32]
+    return Verdict(f"at most {max(known):.2f}× of {len(known)} cases", max(known) <= 1) if known else None
+
+
+def _host(result: Result) -> Verdict | None:
+    us = {row["backend"]: row["us"] for row in rows(result, "host", kind="attend")}
+    if not us.keys() >= {"cpu", "triton"}:
+        return None
+    return Verdict(f"{us['cpu']:.1f} and {us['triton']:.1f} µs", us["cpu"] <= 10 and us["triton"] <= 25)
 
 
 def _cpu_image(policy: str, least: float) -> Callable[[Result], Verdict | None]:
@@ -218,11 +243,14 @@ TARGETS = (
     Target("D 128 at 2k keys and more", "≥ 175 TFLOP/s", "A100", _a100_128),
     Target("planning a VAR-d36 or Infinity-8B generation, one CPU core", "≤ 50 ms", None, _planner),
     Target("CPU, each step with n ≥ 64, `full`, over SDPA on ready keys", "≥ 1.0×", None, _cpu_steps),
+    Target("CPU, each step with n < 64, `full`", "≤ 2× SDPA's time or 25 µs", None, _cpu_early_steps),
+    Target("CPU, the last step, `full`", "≥ 60 % of the roof measured in the run", None, _cpu_roof),
+    Target("CPU, attention of a whole image in bf16 over fp32", "≤ 1×", None, _cpu_bf16),
     Target("CPU, attention of a whole image, `full`, over stock's concatenation", "≥ 1.3×", None,
            _cpu_image("full", 1.3)),
     Target("CPU, the same, AMS-KV at 75 %", "≥ 2×", None, _cpu_image("ams-kv:75", 2)),
     Target("CPU, the whole self-attention module over stock's", "≤ 0.8×", None, _cpu_module),
-    Target("host time of a call, kernel left out", "native ≤ 10 µs, Triton ≤ 25 µs", "Hopper", _no_suite),
+    Target("host time of a call up to its kernel, native and Triton", "≤ 10 and ≤ 25 µs", None, _host),
     Target("serving at 1.5× capacity over lockstep batches, p99 no worse", "≥ 1.3× the images/s", None, _serving),
 )  # fmt: skip
 

@@ -23,7 +23,8 @@ constexpr int64_t kSmallWork = 1 << 15;  // elements below which waking other th
 
 // Computes nothing: what is left is what stands before a kernel.
 const InstructionSet kNone{
-    "none", [](const AttnParams&, const AttnCut&, int64_t, Scratch&) {}, [](const PrepareParams&, int64_t) {}};
+    "none", [](const AttnParams&, const AttnCut&, int64_t, Scratch&) {}, [](const AppendParams&, int, int) {},
+    [](const PrepareParams&, int64_t) {}};
 
 // The one of that name; the best that this machine has where the name is empty.
 const InstructionSet& instruction_set_of(const std::string& name) {

@@ -89,3 +89,31 @@ def test_targets_of_hopper_take_both_gpus_and_the_cpus_their_own():
     rows = [{"suite": "cpu", "policy": "full", "n": n, "ratios": {"SDPA": x}} for n, x in ratios]
     assert targets.verdict(sdpa, [result("cpu", "any", rows)])[0] == targets.Verdict("least 0.90× of 2 rows", False)
     assert targets.verdict(sdpa, [result("cpu", "any", rows[:2])])[0].met
+
+
+def test_targets_of_the_cpu_judge_early_steps_the_last_one_bf16_and_the_host():
+    by_name = {target.what: target for target in targets.TARGETS}
+
+    def row(dtype: str, step: int, n: int, us: float, share: float = 0.5) -> dict:
+        times = {"amskv": {"median_us": us, "share_of_roof": share}, "SDPA": {"median_us": 10.0 * n}}
+        case = {"model": "any", "policy": "full", "images": 1, "dtype": dtype}
+        return {"suite": "cpu", **case, "step": step, "n": n, "layers": 2, "times": times}
+
+    def verdict(what: str, *rows: dict) -> targets.Verdict:
+        return targets.verdict(by_name[what], [result("cpu", "any", list(rows))])[0]
+
+    early = "CPU, each step with n < 64, `full`"
+    assert verdict(early, row("fp32", 0, 1, 24.0), row("fp32", 1, 4, 79.0), row("fp32", 2, 64, 1e6)).met
+    assert verdict(early, row("fp32", 0, 1, 50.0)) == targets.Verdict("at most 2.00 of that in 1 rows", False)
+    last = "CPU, the last step, `full`"
+    steps = (row("fp32", 1, 4, 9.0, 0.3), row("fp32", 2, 9, 9.0, 0.7), row("bf16", 2, 9, 9.0, 0.6))
+    assert verdict(last, *steps) == targets.Verdict("least 60% of 2 cases", True)
+    assert not verdict(last, *steps, row("bf16", 3, 16, 9.0, 0.59)).met
+    assert verdict(
+        "CPU, attention of a whole image in bf16 over fp32", row("fp32", 0, 1, 4.0), row("bf16", 0, 1, 5.0)
+    ) == (targets.Verdict("at most 1.25× of 1 cases", False))
+    host = [
+        {"suite": "host", "kind": "attend", "backend": name, "us": us} for name, us in (("cpu", 9.9), ("triton", 26))
+    ]
+    found = verdict("host time of a call up to its kernel, native and Triton", *host)
+    assert found == targets.Verdict("9.9 and 26.0 µs", False)
