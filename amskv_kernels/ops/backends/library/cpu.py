@@ -12,7 +12,8 @@ from amskv_kernels.ops.checks import DTYPES, PlannedAttn
 from amskv_kernels.ops.ragged import by_neighbours
 
 __all__ = [
-    "CHECKS_ITSELF", "DTYPES", "PAGE_DTYPES", "append", "attn", "attn_ragged", "prepare_qk", "prepared_attn", "unavailable",
+    "CHECKS_ITSELF", "DTYPES", "PAGE_DTYPES",
+    "append", "attn", "attn_ragged", "prepare_qk", "prepared_attn", "unavailable",
 ]  # fmt: skip
 
 PAGE_DTYPES = (*DTYPES, torch.int8)
