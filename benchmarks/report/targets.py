@@ -187,7 +187,8 @@ def _cpu_bf16(result: Result) -> Verdict | None:
 
 
 def _host(result: Result) -> Verdict | None:
-    us = {row["backend"]: row["us"] for row in rows(result, "host", kind="attend")}
+    found = [row for row in rows(result, "host", kind="attend") if row["up_to"] in ("the kernel", "the launch")]
+    us = {row["backend"]: row["us"] for row in found}
     if not us.keys() >= {"cpu", "triton"}:
         return None
     return Verdict(f"{us['cpu']:.1f} and {us['triton']:.1f} µs", us["cpu"] <= 10 and us["triton"] <= 25)

@@ -112,8 +112,11 @@ def test_targets_of_the_cpu_judge_early_steps_the_last_one_bf16_and_the_host():
     assert verdict(
         "CPU, attention of a whole image in bf16 over fp32", row("fp32", 0, 1, 4.0), row("bf16", 0, 1, 5.0)
     ) == (targets.Verdict("at most 1.25× of 1 cases", False))
-    host = [
-        {"suite": "host", "kind": "attend", "backend": name, "us": us} for name, us in (("cpu", 9.9), ("triton", 26))
-    ]
-    found = verdict("host time of a call up to its kernel, native and Triton", *host)
-    assert found == targets.Verdict("9.9 and 26.0 µs", False)
+    what = "host time of a call up to its kernel, native and Triton"
+    triton, cpu = (
+        {"suite": "host", "kind": "attend", "backend": name, "up_to": end, "us": us}
+        for name, end, us in (("triton", "the launch", 26), ("cpu", "the kernel", 9.9))
+    )
+    assert verdict(what, triton, cpu) == targets.Verdict("9.9 and 26.0 µs", False)
+    whole = cpu | {"up_to": "the end of a call of one token"}
+    assert targets.verdict(by_name[what], [result("cpu", "any", [triton, whole])]) is None
