@@ -127,7 +127,8 @@ std::tuple<Tensor, Tensor> attn_cpu(
     if (q.numel() == 0) return {out, lse};
     const AttnCut cut = cut_attn(p, static_cast<int>(torch::stable::get_num_threads()));
     const int64_t keys = p.tokens + int64_t{p.read.count} * p.pool.page_size;
-    for_each_task(cut.tasks, q.numel() * keys + stored_elements(p.write, p.pool, k), [&](int64_t task) { set.attn(p, cut, task, scratch_of_thread()); });
+    const int64_t work = q.numel() * keys + stored_elements(p.write, p.pool, k);
+    for_each_task(cut.tasks, work, [&](int64_t task) { set.attn(p, cut, task, scratch_of_thread()); });
     return {out, lse};
 }
 
