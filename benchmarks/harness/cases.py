@@ -148,7 +148,8 @@ def layer_kinds(case: Case) -> list[tuple[int, ...]]:
 
 
 def bytes_per_image(case: Case, itemsize: int = 2) -> int:
-    """Memory that measuring one image of `case` takes: the pool, and the widest call's tensors for every contestant.
+    """Memory that measuring one image of `case` takes: the pool, again in int8 pages for each of two contestants, and
+    the widest call's tensors for every contestant.
 
     A call's qkv, its output under eight contestants, and contiguous K, V in the four layouts that contestants want.
     """
@@ -159,7 +160,7 @@ def bytes_per_image(case: Case, itemsize: int = 2) -> int:
         (8 * shape.heads + 3 * shape.heads) * g.n + 4 * 2 * shape.kv_heads * (g.n + g.history)
         for g in groups((case.model, case.policy))
     )
-    return int(pool + widest * row)
+    return int(pool + 2 * pool / itemsize * (1 + 4 / shape.head_dim) + widest * row)
 
 
 def largest_batch(case: Case, free: int, itemsize: int = 2) -> int:

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from amskv_kernels import ops
 from amskv_kernels.ops.checks import PlannedAttn
 from amskv_kernels.ops.prepared import prepare_attn
+from amskv_kernels.ops.quantise import quantise
 from amskv_kernels.planning.layout import ROWS_BITS
 from benchmarks.harness.inputs import CallInputs, Dense, UnavailableError, gather
 
@@ -25,6 +26,7 @@ OURS = "amskv"
 CONTIGUOUS = "amskv contiguous"
 STOCK = "concatenation"
 PAGE = 128  # of the contiguous run: the largest page there is
+PAGES_AT_ONCE = 1 << 14  # rounded to eight bits in fp32, which a whole pool would not fit beside itself
 SCORE_BYTES = 4 << 30  # the torch backend writes all scores on a GPU: beyond this it is not measured
 
 Call = Callable[[], Any]
@@ -38,6 +40,7 @@ class Contestant:
     output: Callable[[Any], Tensor]
     stores: bool = False
     eager: bool = False  # waits for the device: no graph can hold it
+    rounded: bool = False  # reads a history of eight bits
 
 
 def backends(device: str) -> tuple[str, list[str]]:
@@ -64,6 +67,20 @@ def ours(inputs: CallInputs, backend: str = "auto") -> Contestant:
         functools.partial(call, *qkv, inputs.scale) for call, qkv in zip(ready, inputs.qkv[: inputs.sets], strict=True)
     ]
     return Contestant(calls, lambda out: out, stores=True, eager=backend == "torch")
+
+
+def eight_bit(inputs: CallInputs, backend: str = "auto") -> Contestant:
+    """Our op on the same pool in int8 pages, storing into them."""
+    pool, dtype = inputs.pool, inputs.pool.pages.dtype
+    pages, scales = torch.empty_like(pool.pages, dtype=torch.int8), pool.pages.new_empty(pool.pages.shape[:3]).float()
+    for to, to_scales, part in zip(*(x.split(PAGES_AT_ONCE) for x in (pages, scales, pool.pages)), strict=True):
+        to[:], to_scales[:] = quantise(part)
+    calls = []
+    with ops.backend(backend):
+        for tables, qkv in zip(inputs.tables, inputs.qkv, strict=False):
+            call = prepare_attn(PlannedAttn(pages, pool.arena, *tables, inputs.group.n, dtype, scales))
+            calls.append(functools.partial(call, *qkv, inputs.scale))
+    return Contestant(calls, lambda out: out, rounded=True)
 
 
 def planned(inputs: CallInputs, i: int) -> PlannedAttn:
@@ -289,6 +306,9 @@ def line_up(inputs: CallInputs) -> dict[str, Callable[[], Contestant]]:
             makers[f"{OURS} {name}"] = functools.partial(ours, inputs, name)
     if device == "cuda" and inputs.group.history:
         makers[CONTIGUOUS] = functools.partial(contiguous, inputs)
+        for name in able:
+            if name not in ("torch", "hopper"):  # one indexes page by page, one leaves int8 pages to "cuda"
+                makers[f"{OURS} {name}, int8 pages"] = functools.partial(eight_bit, inputs, name)
     makers[STOCK] = functools.partial(concatenation, inputs)
     for which in ({each.name: each for each in PEERS} | _others).values():
         if device in which.devices:

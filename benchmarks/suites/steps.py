@@ -85,7 +85,7 @@ def _gated(inputs: CallInputs) -> tuple[dict[str, peers.Contestant], dict[str, f
     for name, make in peers.line_up(inputs).items():
         try:
             contestant = make()
-            errors[name] = gate.check(name, contestant.output(contestant.calls[0]()))
+            errors[name] = gate.check(name, contestant.output(contestant.calls[0]()), contestant.rounded)
             if contestant.stores:
                 gate.check_store()
             runners[name] = contestant

@@ -6,6 +6,7 @@ import torch
 from benchmarks.__main__ import main
 from benchmarks.harness import peers
 from benchmarks.harness.cases import Case, groups
+from benchmarks.harness.gate import EIGHT_BITS, Gate, WrongResultError
 from benchmarks.harness.inputs import CallInputs, Pool, UnavailableError
 from benchmarks.report import targets
 
@@ -55,6 +56,28 @@ def test_a_peer_of_the_users_own_is_measured_beside_the_others(file):
     assert torch.equal(contestant.output(contestant.calls[0]()), expected.output(expected.calls[0]()))
     peers.add(f"SDPA={file}:prepare")
     assert len([name for name in peers.line_up(call) if name == "SDPA"]) == 1
+
+
+def test_int8_pages_take_part_and_are_held_to_their_own_rounding():
+    call = inputs()
+    gate, contestant = Gate(call), peers.eight_bit(call)
+    assert len(contestant.calls) == call.sets
+    out = contestant.output(contestant.calls[0]())
+    found = gate.check("int8", out, contestant.rounded)
+    assert 1e-4 < found < EIGHT_BITS
+    with pytest.raises(WrongResultError, match="int8 is off by"):
+        gate.check("int8", out)
+    with pytest.raises(WrongResultError, match="int8 is off by"):
+        gate.check("int8", out * 1.02, contestant.rounded)
+
+
+@pytest.mark.parametrize("able", [["cuda", "triton", "torch"], ["hopper", "cuda", "torch"]])
+def test_int8_pages_run_on_a_gpu_by_every_kernel_that_has_them(monkeypatch, able):
+    call = inputs()
+    call.pool.device = "cuda"
+    monkeypatch.setattr(peers, "backends", lambda device: (able[0], able))
+    names = [name for name in peers.line_up(call) if "int8" in name]
+    assert names == [f"amskv {name}, int8 pages" for name in able if name in ("cuda", "triton")]
 
 
 @pytest.mark.parametrize(
