@@ -55,19 +55,24 @@ def load_slots(p_slots, i_s, S, b_head, HP: tl.constexpr):
 
 
 @triton.jit
-def page_rows(pages, page_scales, page0, slot, o_r, b_there, b_d, PS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """Rows `o_r` of HP heads' pages: K and V [HP, BN, BD], and their scales [HP, BN] where they are eight bits."""
+def attend_page(
+    b_q, pages, page_scales, page0, slot, o_r, b_d, b_acc, b_sum, b_shift, scale_log2,
+    PS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """`attend_heads` over rows `o_r` of the page that each of HP heads' `slot` names; b_d [1, 1, BD]."""
+    b_there = o_r[None, :] < (slot & SLOT_MASK)[:, None]
+    b_load = b_there[:, :, None] & b_d
     p_row = pages + page_offset(page0, slot, PS, D)[:, None, None] + (o_r * D)[None, :, None]
     p_row += tl.arange(0, BD)[None, None, :]
-    b_load = b_there[:, :, None] & b_d
-    b_k = tl.load(p_row, mask=b_load, other=0.0)
+    b_k = tl.load(p_row, mask=b_load, other=0.0)  # [HP, BN, BD]
     b_v = tl.load(p_row + PS * D, mask=b_load, other=0.0)
-    b_k_scale, b_v_scale = None, None
-    if page_scales is not None:
+    if page_scales is None:
+        return attend_heads(b_q, b_k, b_v, None, None, b_there, b_acc, b_sum, b_shift, scale_log2)
+    else:
         p_scale = page_scales + page_offset(page0, slot, PS, 1)[:, None] + o_r[None, :]
         b_k_scale = tl.load(p_scale, mask=b_there, other=0.0)
         b_v_scale = tl.load(p_scale + PS, mask=b_there, other=0.0)
-    return b_k, b_v, b_k_scale, b_v_scale
+        return attend_heads(b_q, b_k, b_v, b_k_scale, b_v_scale, b_there, b_acc, b_sum, b_shift, scale_log2)
 
 
 @triton.jit
@@ -151,15 +156,11 @@ def attn_packed_kernel(
     b_shift = tl.full([HP, BM], NO_SHIFT, tl.float32)
     b_acc, b_sum, b_shift = attend_heads(b_q, b_k, b_v, None, None, b_there, b_acc, b_sum, b_shift, scale_log2)
     for i_s in range(0, S):
-        page, rows = slot, slot & SLOT_MASK
+        page = slot
         slot = load_slots(p_read, i_s + 1, S, b_head, HP)  # asked for one page ahead
-        for i_0 in range(0, tl.max(rows), BN):
-            b_there = i_0 + o_n[None, :] < rows[:, None]
-            b_hk, b_hv, b_k_scale, b_v_scale = page_rows(
-                pages, page_scales, page0, page, i_0 + o_n, b_there, b_d, PS, D, BD
-            )
-            b_acc, b_sum, b_shift = attend_heads(
-                b_q, b_hk, b_hv, b_k_scale, b_v_scale, b_there, b_acc, b_sum, b_shift, scale_log2
+        for i_0 in range(0, tl.max(page & SLOT_MASK), BN):
+            b_acc, b_sum, b_shift = attend_page(
+                b_q, pages, page_scales, page0, page, i_0 + o_n, b_d, b_acc, b_sum, b_shift, scale_log2, PS, D, BD
             )
 
     b_acc, b_lse = finished(b_acc, b_sum, b_shift, scale_log2)

@@ -173,7 +173,9 @@ for _head_dim in (64, 128):
             tile=line.tile._replace(registers=SMALL_BOUND if _head_dim == 128 and line.rows <= 16 else None),
             old=line.old and line.old._replace(registers=None, full_first=False),
             eight_bit=(line.eight_bit or line.tile)._replace(
-                full_first=False, warps=8 if _head_dim == 128 and line.rows > 16 else 4
+                full_first=False,
+                warps=8 if _head_dim == 128 and line.rows > 16 else 4,
+                block_m=min(64, (line.eight_bit or line.tile).block_m),
             ),
         )
         for line in LINES[80, _head_dim]
