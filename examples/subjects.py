@@ -54,11 +54,11 @@ def plan_for(var: VAR, policy: str, calibration: Path) -> CachePlan:
     return CachePlan.build(config.schedule, parse_policy(text, config.schedule, config.depth), config.depth)
 
 
-def cache_for(var: VAR, plan: CachePlan, labels: Tensor) -> PagedKVCache:
-    """An fp32 cache for images of these classes with guidance."""
+def cache_for(var: VAR, plan: CachePlan, labels: Tensor, pages: torch.dtype = torch.float32) -> PagedKVCache:
+    """A cache for images of these classes with guidance, its pages in fp32 or int8."""
     config = var.config
     return PagedKVCache(
-        plan, batch=2 * len(labels), kv_heads=config.num_heads, head_dim=config.head_dim, dtype=torch.float32,
+        plan, batch=2 * len(labels), kv_heads=config.num_heads, head_dim=config.head_dim, dtype=pages,
         device=labels.device,
     )  # fmt: skip
 

@@ -295,6 +295,33 @@ def _shootout(model: str) -> str:
     )
 
 
+def _precision(model: str) -> str:
+    from examples import precision
+
+    if (result := _example(model, "precision.json")) is None:
+        return NONE_YET
+    machine, found = result["machine"], result["rows"]
+    return (
+        f"{precision.everything(found, 'github')}\n\n"
+        f"Policies within a share of stock's bytes, in int8 and in 16 bits:\n\n"
+        f"{precision.at_equal_bytes(found, 'github')}\n\n{result['images']} {model} per row with guidance, beside the "
+        f"full cache's in fp32, with 95 % confidence intervals; {_cpu(machine)}, torch {machine['torch']} "
+        f"(`{result['path']}`)."
+    )
+
+
+def _eight_bits() -> str:
+    """What the first screen says of int8 pages."""
+    if (result := _example("digits", "precision.json")) is None:
+        return NONE_YET
+    row = next(row for row in result["rows"] if row["pages"] == "int8" and row["share"] is None)
+    return (
+        f"In int8 pages, `full` holds every token that is read in {row['retained_share']:.1%} of the bytes that stock "
+        f"code caches in 16 bits,\n{row['psnr_db']:.1f} dB from the exact images, on the digits below "
+        f"([precision.json]({result['path']}), [docs/policies.md](docs/policies.md#what-bits-are-worth))."
+    )
+
+
 def _fuzz() -> str:
     if not FUZZ.exists():
         return "*Not run yet: no result is committed.*"
@@ -311,6 +338,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "infinitystar": families.videos,
     "shootout": lambda: _shootout("digits"),
     "shootout-avatars": lambda: _shootout("avatars"),
+    "precision": lambda: _precision("digits"),
+    "eight-bits": _eight_bits,
     "digits": lambda: _demo("digits"),
     "avatars": lambda: _demo("avatars"),
     "avatars-judged": _judged,
