@@ -301,8 +301,11 @@ def _precision(model: str) -> str:
     if (result := _example(model, "precision.json")) is None:
         return NONE_YET
     machine, found = result["machine"], result["rows"]
+    kept = [row for row in found if row["share"] is None and row["bits"] < 8]
+    best = max(kept, key=lambda row: row["psnr_db"])
     return (
         f"{precision.everything(found, 'github')}\n\n"
+        f"The best of what was tried below eight bits is {best['pages']}, {best['psnr_db']:.1f} dB.\n\n"
         f"Policies within a share of stock's bytes, in int8 and in 16 bits:\n\n"
         f"{precision.at_equal_bytes(found, 'github')}\n\n{result['images']} {model} per row with guidance, beside the "
         f"full cache's in fp32, with 95 % confidence intervals; {_cpu(machine)}, torch {machine['torch']} "
