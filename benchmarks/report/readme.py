@@ -19,14 +19,13 @@ from amskv_kernels.planning.memory import counted
 from amskv_kernels.policies import parse_policy
 from amskv_kernels.shapes import ModelShape
 from benchmarks.harness.results import committed, newest, rows
-from benchmarks.report import families, plots, staggering, tables, targets
+from benchmarks.report import families, plots, shipped, staggering, tables, targets
+from benchmarks.report.tables import NONE_YET
 from benchmarks.suites.plans import memory_of
 
 Result = dict[str, Any]
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-EXAMPLES = ROOT / "examples"
-EVALUATION = EXAMPLES / "digits" / "results" / "evaluation.json"
 NATIVE_REPORT = ROOT / "tools" / "reports" / "native-report.json"
 FUZZ = ROOT / "tools" / "reports" / "fuzz.json"
 COMPATIBILITY = ROOT / "tools" / "reports" / "compatibility.json"
@@ -34,29 +33,7 @@ HEADLINE = (("var-d30", "full"), ("var-d30", "ams-kv:75"), ("var-d30", "ams-kv:8
             ("infinity-2b", "ams-kv:75"), ("infinity-8b", "ams-kv:75"))  # fmt: skip
 
 STEPS = (("var-d30", "full"), ("var-d30", "ams-kv:75"), ("infinity-2b", "full"))
-NONE_YET = "*Not measured yet: no such result is committed.*"
 PEERS_NOTE = "Columns to the right: a peer's time over ours, so more than 1 is slower than ours."
-
-
-def _example(model: str, name: str) -> Result | None:
-    """A committed result of a model that ships, with where it lies."""
-    path = EXAMPLES / model / "results" / name
-    if not path.exists():
-        return None
-    return {**json.loads(path.read_text(encoding="utf-8")), "path": path.relative_to(ROOT).as_posix()}
-
-
-def _demo(model: str) -> str:
-    from examples import demo
-
-    if (result := _example(model, "demo.json")) is None:
-        return NONE_YET
-    machine, timing = result["machine"], f"; {result['timing']}" if "timing" in result else ""
-    return (
-        f"{demo.render(result['rows'], 'github')}\n\n{result['images']} {model} in batches of {result['batch']} with "
-        f"guidance, {machine['dtype']}{timing}; measured on {machine['cpu']}, torch {machine['torch']} "
-        f"([demo.json]({result['path']}))."
-    )
 
 
 def _newest(suite: str, device: str | None, make: Callable[[Result], str]) -> str:
@@ -80,7 +57,7 @@ def _planned(cases: tuple[tuple[str, str], ...] | None) -> str:
 def _lossless() -> str:
     """What `Full()` needs of stock's bytes: of a released model in 16 bit, and of the digits in fp32."""
     planned = memory_of("var-d30", "full")
-    result = _example("digits", "demo.json")
+    result = shipped.result_of("digits", "demo.json")
     assert result is not None
     digits = next(row for row in result["rows"] if row["policy"] == "full")
     needed = 1 - float(str(planned["saved"]))
@@ -238,93 +215,6 @@ def _pictures() -> str:
     return "\n\n".join(lines) if lines else NONE_YET
 
 
-def _evaluation() -> str:
-    if not EVALUATION.exists():
-        return NONE_YET
-    result = json.loads(EVALUATION.read_text(encoding="utf-8"))
-    lines = [f"| {name} | {share:.1%} |" for name, share in result["recognised"].items()]
-    judge = "; ".join(f"{share:.1%} {name}" for name, share in result["judge"].items())
-    return "\n".join(
-        ["| policy | digits recognised |", "|---|---|", *lines, "",
-         f"{result['images']} digits each. The classifier itself recognises {judge}. Measured on {result['device']}, "
-         f"torch {result['torch']}."]
-    )  # fmt: skip
-
-
-def _judged() -> str:
-    """Real avatars, and generated ones of pairs that were shown and that were held out."""
-    if (result := _example("avatars", "evaluation.json")) is None:
-        return NONE_YET
-    names, real = result["attributes"], result["real"]
-    bias = "; ".join(f"{value:.2f} of {count}" for count, value in real["frechet_of_real"].items())
-    found = {f"real, {real['avatars']['tested']:,}": (real["accuracy"], "")}
-    for kind in (key for key in result if key.startswith("pairs")):
-        found[f"{kind}, {result['images']}"] = result[kind]["accuracy"], f"{result[kind]['frechet']:.2f}"
-    lines = [
-        f"| {kind} | {' | '.join(f'{accuracy[name]:.1%}' for name in names)} | {distance} |"
-        for kind, (accuracy, distance) in found.items()
-    ]
-    header = f"| avatars | {' | '.join(names)} | Fréchet distance |"
-    return "\n".join(
-        [header, f"|---|{'---|' * (len(names) + 1)}", *lines, "",
-         f"Everything kept, fp32. Real avatars are this far from the distance's reference themselves: {bias} of them. "
-         f"Measured on {result['device']}, torch {result['torch']} (`{result['path']}`)."]
-    )  # fmt: skip
-
-
-def _cpu(machine: dict[str, str]) -> str:
-    """The processor as the examples name it; older results say "1 threads"."""
-    return re.sub(r"\b1 threads$", "1 thread", machine["cpu"])
-
-
-def _shootout(model: str) -> str:
-    from examples import tables as examples
-
-    if (result := _example(model, "shootout.json")) is None:
-        return NONE_YET
-    machine, found = result["machine"], result["rows"]
-    judged = f"{examples.verdicts(found, 'github')}\n\n" if found[0].get("judged") else ""
-    return (
-        f"{examples.render(found, 'github')}\n\n{result['images']} {model} per row with guidance, fp32, with "
-        f"95 % confidence intervals. Attention time is over stock's, empty where it was not measured; *gap* is how far "
-        f"a fitted plan's expected loss may lie above the least possible. "
-        f"{machine.get('gpu', _cpu(machine))}, torch {machine['torch']} (`{result['path']}`).\n\n{judged}"
-        f"PSNR ahead of a rival, in dB ± standard error, by the share of bytes allowed:\n\n"
-        f"{examples.margins(found, 'github')}\n\n"
-        f"What a scale of the {model} model is worth to later ones:\n\n{examples.worth(result['scales'], 'github')}"
-    )
-
-
-def _precision(model: str) -> str:
-    from examples import precision
-
-    if (result := _example(model, "precision.json")) is None:
-        return NONE_YET
-    machine, found = result["machine"], result["rows"]
-    kept = [row for row in found if row["share"] is None and row["bits"] < 8]
-    best = max(kept, key=lambda row: row["psnr_db"])
-    return (
-        f"{precision.everything(found, 'github')}\n\n"
-        f"The best of what was tried below eight bits is {best['pages']}, {best['psnr_db']:.1f} dB.\n\n"
-        f"Policies within a share of stock's bytes, in int8 and in 16 bits:\n\n"
-        f"{precision.at_equal_bytes(found, 'github')}\n\n{result['images']} {model} per row with guidance, beside the "
-        f"full cache's in fp32, with 95 % confidence intervals; {_cpu(machine)}, torch {machine['torch']} "
-        f"(`{result['path']}`)."
-    )
-
-
-def _eight_bits() -> str:
-    """What the first screen says of int8 pages."""
-    if (result := _example("digits", "precision.json")) is None:
-        return NONE_YET
-    row = next(row for row in result["rows"] if row["pages"] == "int8" and row["share"] is None)
-    return (
-        f"In int8 pages, `full` holds every token that is read in {row['retained_share']:.1%} of the bytes that stock "
-        f"code caches in 16 bits,\n{row['psnr_db']:.1f} dB from the exact images, on the digits below "
-        f"([precision.json]({result['path']}), [docs/policies.md](docs/policies.md#what-bits-are-worth))."
-    )
-
-
 def _fuzz() -> str:
     if not FUZZ.exists():
         return "*Not run yet: no result is committed.*"
@@ -339,15 +229,15 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "api": _api,
     "families": families.checked,
     "infinitystar": families.videos,
-    "shootout": lambda: _shootout("digits"),
-    "shootout-avatars": lambda: _shootout("avatars"),
-    "precision": lambda: _precision("digits"),
-    "eight-bits": _eight_bits,
-    "digits": lambda: _demo("digits"),
-    "avatars": lambda: _demo("avatars"),
-    "avatars-judged": _judged,
+    "shootout": lambda: shipped.shootout_of("digits"),
+    "shootout-avatars": lambda: shipped.shootout_of("avatars"),
+    "precision": lambda: shipped.precision_of("digits"),
+    "eight-bits": shipped.eight_bits,
+    "digits": lambda: shipped.demo_of("digits"),
+    "avatars": lambda: shipped.demo_of("avatars"),
+    "avatars-judged": shipped.judged,
     "fuzz": _fuzz,
-    "digits-evaluation": _evaluation,
+    "digits-evaluation": shipped.evaluation,
     "lossless": _lossless,
     "plans": lambda: _planned(HEADLINE),
     "all-plans": lambda: _planned(None),

@@ -15,6 +15,7 @@ from benchmarks.suites.plans import memory_of
 
 Result = dict[str, Any]
 CaseName = tuple[str, str, int, str]  # model, policy, images, dtype
+NONE_YET = "*Not measured yet: no such result is committed.*"
 
 
 def table(lines: Sequence[Sequence[object]], headers: Sequence[str], style: str, left: int = 1) -> str:
