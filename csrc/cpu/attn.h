@@ -92,7 +92,7 @@ void end_tile(const AttnParams& p, int batch, int head, int first, const Tile& t
 
 template <typename T, typename Page>
 void attn_fp32(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& scratch) {
-    const AttnTask part = begin_task(p, cut, task);
+    const AttnTask part = task_of(p, cut, task);
     for (int i = 0; i < part.tiles; ++i) {
         const int row = part.row + i * cut.rows_per_tile;
         begin_tile<T>(p, part.batch, part.head, row, part.rows_of(cut, i), scratch.tiles[i]);
@@ -114,6 +114,7 @@ void attn_fp32(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& s
     }
     for (int i = 0; i < part.tiles; ++i)
         end_tile<T>(p, part.batch, part.head, part.row + i * cut.rows_per_tile, scratch.tiles[i]);
+    store_task(p, part);
 }
 
 template <typename T, typename Page>

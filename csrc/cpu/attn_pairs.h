@@ -185,7 +185,7 @@ template <typename Page>
 void attn_pairs(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& scratch) {
     constexpr double kLog2E = 1.4426950408889634;
     const float unit = static_cast<float>(p.softmax_scale * kLog2E);
-    const AttnTask part = begin_task(p, cut, task);
+    const AttnTask part = task_of(p, cut, task);
     for (int i = 0; i < part.tiles; ++i)
         begin_pairs(p, part.batch, part.head, part.row + i * cut.rows_per_tile, part.rows_of(cut, i), scratch.tiles[i]);
     const Tiles tiles;
@@ -209,6 +209,7 @@ void attn_pairs(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& 
     }
     for (int i = 0; i < part.tiles; ++i)
         end_pairs(p, unit, part.batch, part.head, part.row + i * cut.rows_per_tile, scratch.tiles[i]);
+    store_task(p, part);
 }
 
 }  // namespace

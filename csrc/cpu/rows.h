@@ -97,19 +97,21 @@ struct AttnTask {
     }
 };
 
-// What a task covers; the first of a head has stored that head's rows by then.
-inline AttnTask begin_task(const AttnParams& p, const AttnCut& cut, int64_t task) {
+inline AttnTask task_of(const AttnParams& p, const AttnCut& cut, int64_t task) {
     const int part = task % cut.tasks_per_head;
     AttnTask found{};
     found.head = task / cut.tasks_per_head % p.kv_heads, found.batch = task / cut.tasks_per_head / p.kv_heads;
-    if (part == 0) {
-        const AppendParams rows{p.k, p.v, p.pool, p.write, p.batch, p.tokens, p.kv_heads, p.head_dim, p.dtype};
-        append_any(rows, found.batch, found.head);
-    }
     found.row = part * cut.tiles_per_task * cut.rows_per_tile;
     const int left = (cut.rows - found.row + cut.rows_per_tile - 1) / cut.rows_per_tile;
     found.tiles = left < cut.tiles_per_task ? left : cut.tiles_per_task;
     return found;
+}
+
+// The first task of a head stores that head's rows, at its end: by then it has them in its cache.
+inline void store_task(const AttnParams& p, const AttnTask& task) {
+    if (task.row > 0) return;
+    const AppendParams rows{p.k, p.v, p.pool, p.write, p.batch, p.tokens, p.kv_heads, p.head_dim, p.dtype};
+    append_any(rows, task.batch, task.head);
 }
 
 }  // namespace

@@ -17,6 +17,9 @@ float largest_of(const T* row, int head_dim) {
     return from_bits(Bits{} + found)[0];
 }
 
+// The power of two that takes a number to 2 … 4.
+inline float unit_of(float x) { return from_bits(0x7f800000 - (bits_of(broadcast(x)) & 0x7f800000))[0]; }
+
 // Bytes of a row, and what they are multiplied by to have it back.
 template <typename T>
 float quantise(const T* row, int head_dim, int8_t* to) {
@@ -27,8 +30,10 @@ float quantise(const T* row, int head_dim, int8_t* to) {
         for (int d = 0; d < head_dim; d += kLanes) narrow(to + d, Bits{});
         return most < kLeast ? 0 : __builtin_nanf("");
     }
-    const float scale = most / kLevels;
-    for (int d = 0; d < head_dim; d += kLanes) narrow(to + d, bits_of(load(row + d) / scale + kRound));
+    const float scale = most / kLevels, unit = unit_of(most);
+    const Vec divisor = broadcast(scale * unit), inverse = 1 / divisor;
+    for (int d = 0; d < head_dim; d += kLanes)
+        narrow(to + d, bits_of(quotient(load(row + d) * unit, divisor, inverse) + kRound));
     return scale;
 }
 
