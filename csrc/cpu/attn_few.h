@@ -75,7 +75,7 @@ void attn_few(const AttnParams& p, const AttnCut& cut, int64_t task) {
     constexpr double kLog2E = 1.4426950408889634;
     constexpr float kLn2 = 0.69314718f;
     const float scale = static_cast<float>(p.softmax_scale * kLog2E);
-    const AttnTask part = begin_task(p, cut, task);
+    const AttnTask part = task_of(p, cut, task);
     FewRow rows[kFewRows];
     for (int i = 0; i < cut.rows; ++i) {
         const T* const q = static_cast<const T*>(p.q.data) + query_offset(p, part.batch, part.head, i);
@@ -95,6 +95,7 @@ void attn_few(const AttnParams& p, const AttnCut& cut, int64_t task) {
         for (int d = 0; d < p.head_dim; d += kLanes) store(out + d, load(rows[i].out + d) * inverse);
         p.lse[lse_row(p, part.batch, part.head, i)] = (largest + __builtin_log2f(total)) * kLn2;
     }
+    store_task(p, part);
 }
 
 }  // namespace
