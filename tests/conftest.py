@@ -17,6 +17,16 @@ def pytest_addoption(parser):
     parser.addoption("--families-report", metavar="FILE", help="where test_clones.py writes what it finds")
 
 
+@pytest.fixture(scope="session")
+def two_ranks():
+    """Two processes of one gloo group, see `Ranks`."""
+    from ranks import Ranks
+
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
 @pytest.fixture
 def clone(request):
     """The clone that was given for a family; the test is skipped where none was."""

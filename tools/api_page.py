@@ -10,7 +10,7 @@ from collections.abc import Iterator
 MODULES = (
     "amskv_kernels", "amskv_kernels.integrations", "amskv_kernels.cache", "amskv_kernels.ops", "amskv_kernels.policies",
     "amskv_kernels.planning", "amskv_kernels.serving", "amskv_kernels.calibrate", "amskv_kernels.models",
-    "amskv_kernels.models.checkpoint",
+    "amskv_kernels.models.checkpoint", "amskv_kernels.models.tensor_parallel",
 )  # fmt: skip
 _SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises")
 

@@ -13,6 +13,7 @@ from amskv_kernels.integrations.common import Patch
 from amskv_kernels.integrations.family import Family
 from amskv_kernels.integrations.modules import unwrapped
 from amskv_kernels.models.attention import Observer
+from amskv_kernels.models.tensor_parallel import ranks_of
 
 __all__ = ["Patch", "patch", "unpatch"]
 
@@ -62,7 +63,8 @@ def patch(
     inner = unwrapped(model)
     family = _family_of(inner)
     modules = family.modules(inner)
-    return family.patch(inner, modules, Caches(policy, len(modules), page_size, online, theta, pages), observe)
+    caches = Caches(policy, len(modules), page_size, online, theta, pages, ranks_of(inner))
+    return family.patch(inner, modules, caches, observe)
 
 
 def unpatch(model: nn.Module) -> None:

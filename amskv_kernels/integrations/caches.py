@@ -15,6 +15,7 @@ from amskv_kernels.planning.layout import PAGE_SIZES
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.policies import AMSKVCapacity, Policy, parse_policy, read_policy
 from amskv_kernels.policies.around import Around, placed
+from amskv_kernels.policies.base import check_ranks
 from amskv_kernels.schedule import ScaleSchedule
 
 PolicyLike = Policy | str | Callable[[ScaleSchedule], Policy | str]
@@ -31,6 +32,7 @@ class Caches:
         online: decide as the generation goes (`OnlineKVCache`).
         theta: of the online mode; the policy's own unless given.
         pages: "int8", or None for the dtype of the keys.
+        ranks: processes that the model's heads are dealt to.
 
     Attributes:
         around: what stands around the maps that the policy is for, in the coming generations; None: nothing.
@@ -39,7 +41,7 @@ class Caches:
 
     def __init__(
         self, policy: PolicyLike, num_layers: int, page_size: int | None, online: bool, theta: float | None,
-        pages: str | None,
+        pages: str | None, ranks: int = 1,
     ) -> None:  # fmt: skip
         if pages not in (None, "int8"):
             raise ValueError(f"pages is {shown(pages)}; it must be 'int8', or None for the model's own dtype")
@@ -50,7 +52,11 @@ class Caches:
             theta = threshold("theta", theta)
             if not online:
                 raise ValueError(f"theta is {theta}; it means something to online=True alone")
-        self._policy_of = _maker(policy, num_layers)
+        if online and ranks > 1:
+            raise ValueError(f"online is True; it decides by all heads, and the model's are on {ranks} processes")
+        if isinstance(policy, Policy):
+            check_ranks(policy, ranks)
+        self._policy_of, self._ranks = _maker(policy, num_layers), ranks
         self._layers, self._page_size = num_layers, page_size
         self.online, self._theta, self._eight_bit = online, theta, pages == "int8"
         self._plans: dict[tuple[ScaleSchedule, int, Around | None], CachePlan] = {}
@@ -68,9 +74,10 @@ class Caches:
             TypeError: the user's function gives no policy, or a policy that is not for the online mode.
             ValueError: what `parse_policy` raises, or no theta for the online mode.
         """
+        policy = self._policy_of(schedule if self.around is None else self.around.maps)
+        check_ranks(policy, self._ranks)
         if self.around is not None:
-            return placed(self._policy_of(self.around.maps), self.around, schedule)
-        policy = self._policy_of(schedule)
+            return placed(policy, self.around, schedule)
         return _online(policy) if self.online else policy
 
     def plan(self, schedule: ScaleSchedule, kv_heads: int) -> CachePlan | None:

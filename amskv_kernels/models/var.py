@@ -229,6 +229,11 @@ class VAR(CheckedModule):
         mask = torch.zeros(blocked.shape, dtype=torch.float32).masked_fill(blocked, -torch.inf)
         self.register_buffer("attn_bias_for_masking", mask[None, None])  # of checkpoints; who attends masks by itself
 
+    @property
+    def kv_heads(self) -> int:
+        """Heads of this process: all of them, unless the model is sharded."""
+        return cast(Block, self.blocks[0]).attn.num_heads
+
     def places(self) -> Tensor:
         """What every position adds to its input: scale and position embedding, (1, schedule.total, C)."""
         return self.lvl_embed(self.lvl_1L) + self.pos_1LC

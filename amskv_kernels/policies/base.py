@@ -84,6 +84,15 @@ class HeadPolicy(Policy):
         return tuple(range(step))
 
 
+def check_ranks(policy: Policy, ranks: int) -> None:
+    """Raise ValueError where a policy tells heads apart that are dealt to several processes."""
+    if ranks > 1 and isinstance(policy, HeadPolicy):
+        raise ValueError(
+            f"policy is a {type(policy).__name__}, which tells heads apart; the model's are on {ranks} processes, "
+            "which plan alike: a policy of whole scales or of tokens can be used"
+        )
+
+
 @dataclass(frozen=True)
 class Selection:
     """How tokens are chosen among those held and the current map's: by whose attention, and which always stay.

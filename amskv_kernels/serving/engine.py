@@ -15,8 +15,10 @@ import torch
 
 from amskv_kernels.arguments import instance_of, whole_number
 from amskv_kernels.models import VAR, VQVAE, VARConfig
+from amskv_kernels.models.tensor_parallel import ranks_of
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.policies import Policy, parse_policy
+from amskv_kernels.policies.base import check_ranks
 from amskv_kernels.serving.admission import PAIR, Admission
 from amskv_kernels.serving.attention import PoolAttention
 from amskv_kernels.serving.batch import Group, Limits, groups_of
@@ -93,13 +95,14 @@ class Engine:
         instance_of("vae", vae, VQVAE)
         config = var.config
         chosen = parse_policy(policy, config.schedule, config.depth) if isinstance(policy, str) else policy
-        self.plan = CachePlan.build(config.schedule, chosen, config.depth, page_size, config.num_heads)
+        check_ranks(chosen, ranks_of(var))
+        self.plan = CachePlan.build(config.schedule, chosen, config.depth, page_size, var.kv_heads)
         units = PlanUnits(self.plan)
         self.max_waiting = None if max_waiting is None else whole_number("max_waiting", max_waiting, 0)
         most = MOST_IMAGES if max_images is None else whole_number("max_images", max_images, 1)
         weight = var.word_embed.weight
         self.pool = UnitPool(
-            units, memory=memory, rows=PAIR * most, kv_heads=config.num_heads, head_dim=config.head_dim,
+            units, memory=memory, rows=PAIR * most, kv_heads=var.kv_heads, head_dim=config.head_dim,
             dtype=dtype or weight.dtype, device=weight.device,
         )  # fmt: skip
         self.admission = Admission(units.curve, self.pool.units)

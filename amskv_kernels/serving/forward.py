@@ -105,7 +105,7 @@ class PackedVAR:
         return _at_least(torch.cat(found), LEAST_ROWS)
 
     def _logits(self, x: Tensor, groups: Sequence[Group], conditions: Tensor, attention: PackedAttention) -> Tensor:
-        heads, head_dim = self.var.config.num_heads, self.var.config.head_dim
+        heads, head_dim = self.var.kv_heads, self.var.config.head_dim
         modulations = self._modulations[:, conditions]
         mixed = x.new_zeros(len(x), heads, head_dim)
         for layer, block in enumerate(self._blocks):
