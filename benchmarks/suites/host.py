@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -63,7 +62,7 @@ def attend_row(name: str) -> Row:
     if name == "cpu":
 
         def without_kernel(call: PlannedAttn) -> Callable[..., Tensor]:
-            return planned(partial(torch.ops.amskv.attn_cpu.default, instruction_set="none"), call)
+            return planned(torch.ops.amskv.attn_cpu.default, call, cpu.LEAVE_REST, "none")
 
         with ops.backend(name), mock.patch.object(cpu, "prepared_attn", without_kernel):
             us = measured(ScaleSchedule.named("var-256"), HEADS)

@@ -90,7 +90,21 @@ void for_each_task(int64_t tasks, int64_t work, const Run& run) {
 
 // Of the pages that a call writes, with the zeros that it leaves in them.
 int64_t stored_elements(const SlotTable& write, const Pool& pool, const Tensor& k) {
+    if (write.leave_rest) return write.count > 0 ? 2 * k.numel() : 0;
     return 2 * k.size(0) * k.size(2) * k.size(3) * write.count * pool.page_size;
+}
+
+// Contiguous, on the CPU: `torch::stable::new_empty` looks its op up by name each time.
+template <size_t kAxes>
+Tensor empty(const std::array<int64_t, kAxes>& shape, ScalarType dtype) {
+    std::array<int64_t, kAxes> strides{};
+    int64_t stride = 1;
+    for (size_t axis = kAxes; axis-- > 0; stride *= shape[axis]) strides[axis] = stride;
+    AtenTensorHandle made = nullptr;
+    const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        kAxes, shape.data(), strides.data(), type, aoti_torch_device_type_cpu(), 0, &made));
+    return Tensor(made);
 }
 
 AttnParams params_of(
@@ -109,10 +123,11 @@ AttnParams params_of(
 
 std::tuple<Tensor, Tensor> attn_cpu(
     Tensor q, Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor read_slots, Tensor write_slots,
-    double softmax_scale, std::optional<Tensor> page_scales, std::string instruction_set) {
+    double softmax_scale, std::optional<Tensor> page_scales, bool leave_rest, std::string instruction_set) {
     check_on_cpu("k", k);
     check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales, Kernel::kCpu);
     AttnParams p = params_of(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales);
+    p.write.leave_rest = leave_rest;
     check_tables(p.pool, p.read, p.write, p.batch, p.kv_heads, p.tokens);
     if (p.write.count > 0) {
         check_apart("q", q, pages, page_scales);
@@ -121,8 +136,8 @@ std::tuple<Tensor, Tensor> attn_cpu(
     const InstructionSet& set = instruction_set_of(instruction_set);
     const std::array<int64_t, 4> out_shape{p.batch, p.tokens, p.heads, p.head_dim};
     const std::array<int64_t, 3> lse_shape{p.batch, p.heads, p.tokens};
-    Tensor out = torch::stable::new_empty(q, {out_shape.data(), out_shape.size()});
-    Tensor lse = torch::stable::new_empty(q, {lse_shape.data(), lse_shape.size()}, ScalarType::Float);
+    Tensor out = empty(out_shape, q.scalar_type());
+    Tensor lse = empty(lse_shape, ScalarType::Float);
     p.out = out.data_ptr(), p.lse = static_cast<float*>(lse.data_ptr());
     if (q.numel() == 0) return {out, lse};
     const AttnCut cut = cut_attn(p, static_cast<int>(torch::stable::get_num_threads()));
@@ -188,8 +203,8 @@ std::tuple<Tensor, Tensor> prepare_qk_cpu(
     p.dtype = dtype_of(qkv), p.l2norm = l2norm, p.eps = static_cast<float>(eps);
     const InstructionSet& set = instruction_set_of(instruction_set);
     const std::array<int64_t, 4> q_shape{batch, tokens, heads, head_dim}, k_shape{batch, tokens, kv_heads, head_dim};
-    Tensor q = torch::stable::new_empty(qkv, {q_shape.data(), q_shape.size()});
-    Tensor k = torch::stable::new_empty(qkv, {k_shape.data(), k_shape.size()});
+    Tensor q = empty(q_shape, qkv.scalar_type());
+    Tensor k = empty(k_shape, qkv.scalar_type());
     p.q = q.data_ptr(), p.k = k.data_ptr();
     for_each_task(batch * tokens, qkv.numel(), [&](int64_t token) { set.prepare_qk(p, token); });
     return {q, k};
@@ -206,12 +221,14 @@ std::string cpu_info() {
 }  // namespace
 }  // namespace amskv::cpu
 
-// The schemas of amskv::attn and so on under names of their own; `instruction_set` is for tests and benchmarks, ""
-// the best there is, "none" nothing at all.
+// The schemas of amskv::attn and so on under names of their own. `leave_rest` does not zero what a store leaves of its
+// pages: nothing on a CPU reads it. `instruction_set` is for tests and benchmarks, "" the best there is, "none"
+// nothing at all.
 STABLE_TORCH_LIBRARY_FRAGMENT(amskv, m) {
     m.def(
         "attn_cpu(Tensor q, Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor read_slots, Tensor write_slots, "
-        "float softmax_scale, Tensor(b!)? page_scales=None, str instruction_set=\"\") -> (Tensor, Tensor)");
+        "float softmax_scale, Tensor(b!)? page_scales=None, bool leave_rest=False, str instruction_set=\"\") "
+        "-> (Tensor, Tensor)");
     m.def(
         "append_cpu(Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor write_slots, "
         "Tensor(b!)? page_scales=None, str instruction_set=\"\") -> ()");

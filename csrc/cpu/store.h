@@ -69,14 +69,15 @@ void store_rows(const AppendParams& p, int batch, int head) {
             const T* const from = static_cast<const T*>(x->data) + batch * x->batch_stride + head * x->head_stride;
             for (int64_t row = token < 0 ? -token : 0; row < rows; ++row)
                 keep_row(p.pool, to + row, from + (token + row) * x->token_stride, p.head_dim);
-            blank_rows<T>(p.pool, to + rows, p.pool.page_size - rows, p.head_dim);
+            if (!p.write.leave_rest) blank_rows<T>(p.pool, to + rows, p.pool.page_size - rows, p.head_dim);
             to += p.pool.page_size;
         }
         token += rows;
     }
 }
 
-// Rows of k and v of one sequence and head into the pages that `write` names; the rest of every such page becomes 0.
+// Rows of k and v of one sequence and head into the pages that `write` names; the rest of every such page becomes 0, or
+// is left.
 inline void append_any(const AppendParams& p, int batch, int head) {
     switch (p.dtype) {
         case DType::kFloat32: return store_rows<float>(p, batch, head);

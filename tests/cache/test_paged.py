@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from amskv_kernels import AMSKV, CachePlan, Full, PagedKVCache, ScaleSchedule, Sink, SlidingWindow
+from amskv_kernels.ops import backend
+from amskv_kernels.policies.parse import parse_policy
 
 SCHEDULE = ScaleSchedule([(1, 1), (2, 2), (3, 2), (3, 5), (6, 6)])
 
@@ -39,6 +41,24 @@ def test_attention_sees_the_visible_scales_and_nothing_else(policy, heads, kv_he
                 torch.testing.assert_close(cache.attend(layer, q, k, v), expected, rtol=1e-5, atol=1e-5)
         assert (cache.step, cache.layer) == (len(SCHEDULE), 0)
         cache.reset()
+
+
+@pytest.mark.parametrize("policy", ["full", "sliding:1", "h2o:40", "recent:40"])
+def test_no_backend_of_the_cpu_reads_the_rest_of_a_page(policy):
+    """The native kernels leave it as it is, NaN here, and another backend takes every other call."""
+    found = []
+    for names in (["torch"], ["auto", "torch"], ["torch", "auto"]):
+        rng = torch.Generator().manual_seed(5)
+        cache = cache_for(parse_policy(policy, SCHEDULE, 3), page_size=32)
+        cache.pages.fill_(torch.nan)
+        outputs = []
+        for i, n in enumerate(n for n in SCHEDULE.tokens for _ in range(3)):
+            parts = torch.randn(3, 2, n, 2, 64, generator=rng)
+            with backend(names[(i // 3 + i) % len(names)]):
+                outputs.append(cache.attend(i % 3, *parts))
+        found.append(outputs)
+    for outputs in found[1:]:
+        torch.testing.assert_close(outputs, found[0], rtol=1e-5, atol=1e-5)
 
 
 def test_pool_is_what_the_plan_says():

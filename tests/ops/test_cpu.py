@@ -167,6 +167,27 @@ def test_rows_of_a_call_do_not_depend_on_each_other(make, instruction_set):
 
 @IN_EVERY_SET
 @IN_PAGES
+@pytest.mark.parametrize("n", [1, 4, 40])
+def test_the_rest_of_a_page_may_be_left(n, make, instruction_set):
+    """Rows that no slot names, here NaN, stay as they are where that is asked for, and no other byte differs."""
+    args = make(Case(n=n, history=(5,), stored=(16,) * (n // 16) + (n % 16,)), seed=n)
+    ours, theirs = copied(args), copied(args)
+    found = ops.attn_cpu(*ours, *[None] * (9 - len(ours)), True, instruction_set)
+    expected = ops.attn_cpu(*theirs, instruction_set=instruction_set)
+    assert all(map(torch.equal, found, expected))
+    rest = torch.zeros(args[3].shape[:3], dtype=torch.bool)
+    for first in args[4].flatten().tolist():
+        for slot in args[6].flatten().tolist():
+            rest[first + (slot >> 8), :, slot & 255 :] = slot > 0
+    for before, left, zeroed in zip(args[3::5], ours[3::5], theirs[3::5], strict=True):
+        rest_of = rest.view(*rest.shape, *[1] * (before.dim() - 3)).expand(before.shape)
+        assert torch.equal(left[~rest_of].view(torch.uint8), zeroed[~rest_of].view(torch.uint8))
+        assert torch.equal(left[rest_of].view(torch.uint8), before[rest_of].view(torch.uint8))
+        assert not zeroed[rest_of].any()
+
+
+@IN_EVERY_SET
+@IN_PAGES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_strides(dtype, make, instruction_set):
     args = make(Case(n=80, history=(16, 4), stored=(16,) * 5, head_dim=96, dtype=dtype), seed=3)

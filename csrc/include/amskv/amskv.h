@@ -47,6 +47,7 @@ struct SlotTable {
     const int32_t* data;
     int64_t batch_stride, head_stride;
     int32_t count;
+    bool leave_rest = false;  // of pages written: for the CPU kernels, which read named rows alone; else it becomes 0
 };
 
 // Shapes: batch B, tokens n of the current scale, query heads H, KV heads Hkv (H a multiple of it), head_dim D.

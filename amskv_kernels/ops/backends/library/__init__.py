@@ -74,13 +74,15 @@ def instruction_sets() -> list[str]:
     return names.split()
 
 
-def planned(op: Callable[..., Any], call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
-    """An op of the library with what a plan knows filled in."""
+def planned(
+    op: Callable[..., Any], call: PlannedAttn, *more: object
+) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+    """An op of the library with what a plan knows filled in; `more` follows the page scales."""
     pages, arena, read_slots, write_slots = call[:4]
-    scales = () if call.page_scales is None else (call.page_scales,)
+    more = (call.page_scales, *more)
 
     def ready(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        out: Tensor = op(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, *scales)[0]
+        out: Tensor = op(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, *more)[0]
         return out
 
     return ready

@@ -18,6 +18,7 @@ __all__ = [
 
 PAGE_DTYPES = (*DTYPES, torch.int8)
 CHECKS_ITSELF = True  # slot tables too
+LEAVE_REST = True  # of the pages that are stored to
 
 
 def unavailable(device: torch.device, forced: bool) -> str | None:
@@ -42,8 +43,8 @@ def attn_ragged(
 
 
 def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
-    """`attn` as one dispatcher call."""
-    return planned(torch.ops.amskv.attn_cpu.default, call)
+    """`attn` as one dispatcher call. What stores leave of their pages is not zeroed: nothing on the CPU reads it."""
+    return planned(torch.ops.amskv.attn_cpu.default, call, LEAVE_REST)
 
 
 def append(
