@@ -2,6 +2,7 @@
 
 from amskv_kernels.serving.engine import ClosedError, Engine, Load, QueueFullError
 from amskv_kernels.serving.requests import CancelledError, Drawn, Handle, Progress, Request
+from amskv_kernels.serving.sharded import ShardedEngine
 
 __all__ = [
     "CancelledError",
@@ -13,4 +14,5 @@ __all__ = [
     "Progress",
     "QueueFullError",
     "Request",
+    "ShardedEngine",
 ]

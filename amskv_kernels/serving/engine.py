@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Collection, Sequence
 from types import TracebackType
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,6 @@ from amskv_kernels.models import VAR, VQVAE, VARConfig
 from amskv_kernels.models.tensor_parallel import ranks_of
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.policies import Policy, parse_policy
-from amskv_kernels.policies.base import check_ranks
 from amskv_kernels.serving.admission import PAIR, Admission
 from amskv_kernels.serving.attention import PoolAttention
 from amskv_kernels.serving.batch import Group, Limits, groups_of
@@ -87,15 +86,19 @@ class Engine:
         ValueError: a policy that cannot be planned for this model, or memory for less than one sequence.
     """
 
+    sharded: ClassVar[bool] = False  # whether the model may be
+    beat: ClassVar[float | None] = None  # seconds of idleness after which it ticks all the same
+
     def __init__(
         self, var: VAR, vae: VQVAE, policy: str | Policy, *, memory: int, max_images: int | None = None,
         max_waiting: int | None = None, dtype: torch.dtype | None = None, page_size: int | None = None,
     ) -> None:  # fmt: skip
         instance_of("var", var, VAR)
         instance_of("vae", vae, VQVAE)
+        if ranks_of(var) > 1 and not self.sharded:
+            raise ValueError(f"var is sharded over {ranks_of(var)} processes; a ShardedEngine draws with it")
         config = var.config
         chosen = parse_policy(policy, config.schedule, config.depth) if isinstance(policy, str) else policy
-        check_ranks(chosen, ranks_of(var))
         self.plan = CachePlan.build(config.schedule, chosen, config.depth, page_size, var.kv_heads)
         units = PlanUnits(self.plan)
         self.max_waiting = None if max_waiting is None else whole_number("max_waiting", max_waiting, 0)
@@ -194,8 +197,7 @@ class Engine:
         with self._ticking, torch.inference_mode():
             start = time.perf_counter()
             try:
-                self._leave()
-                self._admit()
+                self._turn_over()
                 groups = groups_of(self._steps, self._guided(), self.plan.schedule.tokens)
                 if not groups:
                     self._note(active=0, used=0, planned=0)
@@ -210,29 +212,42 @@ class Engine:
     def _guided(self) -> npt.NDArray[np.bool_]:
         return np.array([handle is not None and handle.request.sequences == PAIR for handle in self._inside])
 
-    def _leave(self) -> None:
-        """Those that were cancelled since the last tick."""
+    def _turn_over(self) -> None:
+        """Those leave and enter that may."""
+        self._leave()
+        self._enter(self._admit())
+
+    def _leave(self) -> list[int]:
+        """Those that were cancelled since the last tick; their places."""
+        left = []
         for place, handle in enumerate(self._inside):
             if handle is not None and handle.done:
                 sequences, step = handle.request.sequences, int(self._steps[place])
                 self.pool.abandon(2 * place + np.arange(sequences), step)
                 self.admission.leave(sequences, step)
                 self._free(place)
+                left.append(place)
+        return left
 
-    def _admit(self) -> None:
-        """Those that may enter, in order of arrival: none passes another."""
+    def _admit(self) -> dict[int, Handle]:
+        """Those that may enter, in order of arrival, by their new places: none passes another."""
         free = np.flatnonzero(self._steps < 0).tolist()
+        entered: dict[int, Handle] = {}
         while free:
             with self._changed:
                 handle = next(iter(self._waiting), None)
                 if handle is None or not self.admission.enter(handle.request.sequences):
-                    return
+                    break
                 del self._waiting[handle]
                 place = free.pop(0)
                 self._inside[place], self._steps[place] = handle, 0
-            request = handle.request
-            self._generators[place] = torch.Generator(self._model.device).manual_seed(request.seed)
-            self._model.enter(place, request.label)
+                entered[place] = handle
+        return entered
+
+    def _enter(self, entered: dict[int, Handle]) -> None:
+        for place, handle in entered.items():
+            self._generators[place] = torch.Generator(self._model.device).manual_seed(handle.request.seed)
+            self._model.enter(place, handle.request.label)
 
     def _run(self, groups: Sequence[Group]) -> None:
         for group in groups:
@@ -303,7 +318,7 @@ class Engine:
             if self.tick():
                 continue
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or not self._open)
+                self._changed.wait_for(lambda: self._waiting or not self._open, self.beat)
                 if not self._waiting and not self._open:
                     return
 

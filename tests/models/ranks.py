@@ -26,7 +26,8 @@ class Ranks:
     """
 
     def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed.tensor.parallel", "amskv_kernels.serving"])
         self._folder = tempfile.TemporaryDirectory()
         meeting = Path(self._folder.name) / "meeting"
         self.processes, self._ends = [], []

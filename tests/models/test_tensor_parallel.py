@@ -1,14 +1,11 @@
 """Tensor parallelism: two processes draw what one draws, each with half the weights of a layer and half the pages."""
 
 import contextlib
-import os
-import signal
 
 import public_var
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
 from small_engines import Unlike
 from small_models import OBLONG, SQUARE, pair
 from torch import nn
@@ -236,22 +233,3 @@ def test_without_a_process_group_nothing_is_sharded():
     assert not dist.is_initialized()
     with pytest.raises(RuntimeError, match="no process group; start the program with torchrun"):
         shard(pair(SQUARE, **SIZES)[0], "mesh")
-
-
-def drawn_until_it_fails(mesh):
-    var, vae = pair(SQUARE, **SIZES)
-    shard(var, mesh)
-    while True:
-        draw(var, vae, "full", var.kv_heads)
-        if mesh.get_local_rank() == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_process_that_dies_leaves_no_other_hanging():
-    ranks = Ranks(2)
-    try:
-        ranks.begin(drawn_until_it_fails)
-        survivor, dead = ranks.results()
-        assert isinstance(survivor, RuntimeError) and dead is None
-    finally:
-        ranks.close()

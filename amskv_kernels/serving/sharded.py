@@ -1,0 +1,160 @@
+"""One engine over the processes of a sharded model: the first takes requests and decides, the others do the same.
+
+Between two ticks the first process tells who left and who entered. Everything else follows: all have the same plan, the
+same pages to give, the same generators, and in the model's layers the same sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from datetime import timedelta
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from amskv_kernels.arguments import instance_of
+from amskv_kernels.models import VAR, VQVAE
+from amskv_kernels.models.tensor_parallel import mesh_of
+from amskv_kernels.policies import Policy, parse_policy
+from amskv_kernels.policies.base import check_ranks
+from amskv_kernels.serving.engine import Engine
+from amskv_kernels.serving.requests import CancelledError, Handle, Listener, Request
+
+SILENCE = 120.0  # seconds without a word after which the first process is taken for dead
+
+
+class Orders(NamedTuple):
+    """What the first process tells before a tick."""
+
+    left: tuple[int, ...] = ()  # places whose images were given up
+    entered: tuple[Request, ...] = ()  # in their order
+    end: bool = False  # no tick follows
+
+
+class ShardedEngine(Engine):
+    """An `Engine` of a model that `shard` has dealt to several processes; each makes one, at once and alike.
+
+        with ShardedEngine(var, vae, "ams-kv:75", memory=2**30) as engine:
+            if engine.first:
+                image, tokens = engine.submit(7).result()
+            else:
+                engine.follow()
+
+    Where a process dies or a tick fails, the processes cannot go on together: all images fail, and so does `follow`.
+
+    Args:
+        memory: bytes for the pages of each process.
+        Everything else as of `Engine`.
+
+    Raises:
+        TypeError: what `Engine` raises.
+        ValueError: a model that is not sharded, a policy that tells heads apart, what `Engine` raises.
+    """
+
+    sharded: ClassVar[bool] = True
+    beat: ClassVar[float | None] = SILENCE / 4
+
+    def __init__(
+        self, var: VAR, vae: VQVAE, policy: str | Policy, *, memory: int, max_images: int | None = None,
+        max_waiting: int | None = None, dtype: torch.dtype | None = None, page_size: int | None = None,
+    ) -> None:  # fmt: skip
+        instance_of("var", var, VAR)
+        mesh = mesh_of(var)
+        if mesh is None:
+            raise ValueError("var is not sharded; an Engine draws with it, or shard it first")
+        if isinstance(policy, str):
+            policy = parse_policy(policy, var.config.schedule, var.config.depth)
+        check_ranks(policy, mesh.size())
+        super().__init__(
+            var, vae, policy, memory=memory, max_images=max_images, max_waiting=max_waiting, dtype=dtype,
+            page_size=page_size,
+        )  # fmt: skip
+        self.first = mesh.get_local_rank() == 0
+        self._over = False
+        self._words = dist.new_group(  # on the CPU: a word waits for no device
+            mesh.mesh.tolist(), timedelta(seconds=SILENCE), "gloo", use_local_synchronization=True
+        )  # fmt: skip
+
+    def submit(
+        self, label: int, *, seed: int = 0, guidance: float = 1.5, top_k: int = 900, top_p: float = 0.96,
+        previews: Collection[int] = (), listener: Listener | None = None,
+    ) -> Handle:  # fmt: skip
+        """As `Engine.submit`, in the first process.
+
+        Raises:
+            RuntimeError: in another one.
+        """
+        if not self.first:
+            raise RuntimeError("another process of this sharded model takes the requests, the first; follow() it")
+        return super().submit(
+            label, seed=seed, guidance=guidance, top_k=top_k, top_p=top_p, previews=previews, listener=listener
+        )  # fmt: skip
+
+    def tick(self) -> bool:
+        """As `Engine.tick`; in a process that follows it begins when the first one's does.
+
+        Raises:
+            RuntimeError: in a process that follows: the first one has died.
+        """
+        return not self._over and super().tick()
+
+    def follow(self) -> None:
+        """Draw what the first process draws, until its engine has drained.
+
+        Raises:
+            RuntimeError: this is the first process, or another one has died.
+        """
+        if self.first:
+            raise RuntimeError("this process is the first, which takes the requests; the others follow")
+        while not self._over:
+            self.tick()
+
+    def start(self) -> ShardedEngine:
+        """As `Engine.start`; a process that follows does so in its own time."""
+        if self.first:
+            super().start()
+        return self
+
+    def drain(self) -> None:
+        """As `Engine.drain`; then the others' `follow` returns."""
+        if not self.first:
+            return
+        super().drain()
+        if not self._over:
+            self._over = True
+            self._say(Orders(end=True))
+
+    def _turn_over(self) -> None:
+        if not self.first:
+            self._obey()
+        left, entered = self._leave(), self._admit()
+        if self.first:
+            self._say(Orders(tuple(left), tuple(handle.request for handle in entered.values())))
+        self._enter(entered)
+
+    def _say(self, orders: Orders) -> None:
+        dist.broadcast_object_list([orders], group=self._words, group_src=0)
+
+    def _obey(self) -> None:
+        """Those that left or entered in the first process shall do so here."""
+        heard = [Orders()]
+        dist.broadcast_object_list(heard, group=self._words, group_src=0)
+        orders = heard[0]
+        for place in orders.left:
+            handle = self._inside[place]
+            assert handle is not None, "the processes disagree on who is inside"
+            handle.finish(CancelledError("the image was cancelled"))
+        self._waiting = {Handle(self, request, None): None for request in orders.entered}
+        self._over = orders.end
+
+    def _fail(self, error: Exception) -> None:
+        super()._fail(error)
+        self._over = True
+        with self._changed:
+            self._open, waiting = False, list(self._waiting)
+            self._waiting.clear()
+        for handle in waiting:
+            self._add("failed", handle.finish(error))
+        if not self.first:
+            raise error
