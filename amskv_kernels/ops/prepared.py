@@ -10,6 +10,7 @@ named by the raw call's checks all the same.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from amskv_kernels.ops.dispatch import backend_of, settings
 from amskv_kernels.ops.guard import plain_kernels
 
 Prepared = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+Ragged = Callable[..., tuple[Tensor, Tensor]]  # the arguments of `attn_ragged`, all of them and in order
 
 
 def prepare_attn(call: PlannedAttn) -> Prepared:
@@ -58,3 +60,21 @@ def prepare_attn(call: PlannedAttn) -> Prepared:
             return raw(q, k, v, softmax_scale)
 
     return checking_itself if getattr(module, "CHECKS_ITSELF", False) else checked
+
+
+def prepare_attn_ragged(device: torch.device, dtype: torch.dtype, pages: torch.dtype) -> Ragged:
+    """`attn_ragged` of this context's backend, for arguments and tables that whoever calls has worked out from a plan.
+
+    Raises:
+        RuntimeError: a forced backend cannot serve there.
+        TypeError: a forced backend does not take the dtype.
+    """
+    if settings().debug:
+        return cast(Ragged, torch.ops.amskv.attn_ragged.default)
+    ready = backend_of("attn_ragged", device, dtype, pages).attn_ragged
+
+    def unchecked(*args: object) -> tuple[Tensor, Tensor]:
+        with plain_kernels():
+            return cast(tuple[Tensor, Tensor], ready(*args))
+
+    return unchecked

@@ -75,12 +75,16 @@ inline void check_table(const char* name, const Tensor& table, const Tensor& k) 
     if (!table.is_contiguous()) refuse(name, " is not contiguous; it must be");
 }
 
-inline void check_slots(const char* name, const Tensor& slots, const Tensor& k) {
+// How many sequences there are: as many as k has, unless their rows are packed.
+inline int64_t sequences_of(const Tensor& k, int64_t packed) { return packed < 0 ? k.size(0) : packed; }
+
+inline void check_slots(const char* name, const Tensor& slots, const Tensor& k, int64_t packed = -1) {
     check_table(name, slots, k);
+    const int64_t sequences = sequences_of(k, packed);
     const auto fits = [&](int64_t axis, int64_t full) { return slots.size(axis) == 1 || slots.size(axis) == full; };
-    if (slots.dim() != 3 || !fits(0, k.size(0)) || !fits(1, k.size(2))) {
+    if (slots.dim() != 3 || !fits(0, sequences) || !fits(1, k.size(2))) {
         refuse(
-            name, " has shape ", shape_of(slots), "; it must be (B|1, Hkv|1, S) with B = ", k.size(0),
+            name, " has shape ", shape_of(slots), "; it must be (B|1, Hkv|1, S) with B = ", sequences,
             ", Hkv = ", k.size(2));
     }
 }
@@ -106,10 +110,10 @@ inline void check_page_scales(const std::optional<Tensor>& page_scales, const Te
     if (!page_scales->is_contiguous()) refuse("page_scales is not contiguous; it must be");
 }
 
-// k, v, pages, arena and page_scales.
+// k, v, pages, arena and page_scales; rows of `packed` sequences, where they are.
 inline void check_current(
     const Tensor& k, const Tensor& v, const Tensor& pages, const Tensor& arena,
-    const std::optional<Tensor>& page_scales, Kernel kernel = Kernel::kGpu) {
+    const std::optional<Tensor>& page_scales, Kernel kernel = Kernel::kGpu, int64_t packed = -1) {
     check_rows("k", k, "(B, n, Hkv, D)", kernel);
     check_rows("v", v, "(B, n, Hkv, D)", kernel);
     if (!same_shape(v, k)) refuse("v has shape ", shape_of(v), "; it must have that of k, ", shape_of(k));
@@ -131,17 +135,18 @@ inline void check_current(
         refuse("pages must begin at a multiple of 16 bytes");
     check_page_scales(page_scales, pages);
     check_table("arena", arena, k);
-    if (arena.dim() != 2 || arena.size(0) != k.size(0) || arena.size(1) != k.size(2)) {
-        refuse("arena has shape ", shape_of(arena), "; it must be (B, Hkv) = (", k.size(0), ", ", k.size(2), ")");
+    const int64_t sequences = sequences_of(k, packed);
+    if (arena.dim() != 2 || arena.size(0) != sequences || arena.size(1) != k.size(2)) {
+        refuse("arena has shape ", shape_of(arena), "; it must be (B, Hkv) = (", sequences, ", ", k.size(2), ")");
     }
 }
 
 inline void check_attn(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pages, const Tensor& arena,
     const Tensor& read_slots, const Tensor& write_slots, double softmax_scale,
-    const std::optional<Tensor>& page_scales, Kernel kernel = Kernel::kGpu) {
+    const std::optional<Tensor>& page_scales, Kernel kernel = Kernel::kGpu, int64_t packed = -1) {
     check_rows("q", q, "(B, n, H, D)", kernel);
-    check_current(k, v, pages, arena, page_scales, kernel);
+    check_current(k, v, pages, arena, page_scales, kernel, packed);
     check_same("q", q, "k", k);
     if (q.size(0) != k.size(0) || q.size(1) != k.size(1) || q.size(3) != k.size(3)) {
         refuse("q has shape ", shape_of(q), "; its B, n and D must be those of k, which has shape ", shape_of(k));
@@ -149,8 +154,8 @@ inline void check_attn(
     if (q.size(2) % k.size(2) != 0) {
         refuse("q has ", q.size(2), " heads; they must be a multiple of the ", k.size(2), " KV heads of k");
     }
-    check_slots("read_slots", read_slots, k);
-    check_slots("write_slots", write_slots, k);
+    check_slots("read_slots", read_slots, k, packed);
+    check_slots("write_slots", write_slots, k, packed);
     if (!(softmax_scale >= FLT_MIN && softmax_scale <= FLT_MAX / 2)) {  // half: kernels multiply it by log2(e)
         refuse("softmax_scale is ", softmax_scale, "; it must be finite and above 0, in fp32 as well");
     }

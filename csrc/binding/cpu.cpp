@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "binding/checks.h"
 #include "binding/params.h"
@@ -63,6 +64,12 @@ void check_apart(const char* name, const Tensor& x, const char* written_name, co
 void check_apart(const char* name, const Tensor& x, const Tensor& pages, const std::optional<Tensor>& page_scales) {
     check_apart(name, x, "pages", pages);
     if (page_scales) check_apart(name, x, "page_scales", *page_scales);
+}
+
+void check_apart(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pages, const std::optional<Tensor>& page_scales) {
+    check_apart("q", q, pages, page_scales);
+    check_apart("k", k, pages, page_scales), check_apart("v", v, pages, page_scales);
 }
 
 Scratch& scratch_of_thread() {
@@ -128,11 +135,8 @@ std::tuple<Tensor, Tensor> attn_cpu(
     check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales, Kernel::kCpu);
     AttnParams p = params_of(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales);
     p.write.leave_rest = leave_rest;
-    check_tables(p.pool, p.read, p.write, p.batch, p.kv_heads, p.tokens);
-    if (p.write.count > 0) {
-        check_apart("q", q, pages, page_scales);
-        check_apart("k", k, pages, page_scales), check_apart("v", v, pages, page_scales);
-    }
+    check_tables(p.pool, p.read, p.write, p.batch, p.kv_heads, {p.tokens});
+    if (p.write.count > 0) check_apart(q, k, v, pages, page_scales);
     const InstructionSet& set = instruction_set_of(instruction_set);
     const std::array<int64_t, 4> out_shape{p.batch, p.tokens, p.heads, p.head_dim};
     const std::array<int64_t, 3> lse_shape{p.batch, p.heads, p.tokens};
@@ -144,6 +148,83 @@ std::tuple<Tensor, Tensor> attn_cpu(
     const int64_t keys = p.tokens + int64_t{p.read.count} * p.pool.page_size;
     const int64_t work = q.numel() * keys + stored_elements(p.write, p.pool, k);
     for_each_task(cut.tasks, work, [&](int64_t task) { set.attn(p, cut, task, scratch_of_thread()); });
+    return {out, lse};
+}
+
+// row_starts (N + 1,) ascends from 0 to the packed rows.
+const int32_t* starts_of(const Tensor& row_starts, const Tensor& k) {
+    check_table("row_starts", row_starts, k);
+    if (row_starts.dim() != 1 || row_starts.size(0) < 1)
+        refuse("row_starts has shape ", shape_of(row_starts), "; it must be (N + 1,)");
+    const auto* const starts = static_cast<const int32_t*>(row_starts.data_ptr());
+    const int64_t sequences = row_starts.size(0) - 1;
+    if (starts[0] != 0 || starts[sequences] != k.size(1) || !std::is_sorted(starts, starts + sequences + 1))
+        refuse("row_starts must ascend from 0 to the ", k.size(1), " rows of q");
+    return starts;
+}
+
+// One sequence of packed rows as a call of its own, and the first of its tasks among those of all.
+struct Sequence {
+    AttnParams params;
+    AttnCut cut;
+    int64_t first_task;
+};
+
+// Those that have rows; lse of each lies by itself, (H, n) after (H, n).
+std::vector<Sequence> sequences_of(const AttnParams& all, const int32_t* starts, int32_t sequences, int64_t width) {
+    const auto past = [&](const void* data, int64_t elements) {
+        return static_cast<const char*>(data) + elements * width;
+    };
+    const int64_t threads = torch::stable::get_num_threads();
+    std::vector<Sequence> found;
+    for (int32_t i = 0, task = 0; i < sequences; ++i) {
+        const int64_t row = starts[i];
+        AttnParams p = all;
+        p.tokens = starts[i + 1] - starts[i];
+        if (p.tokens == 0) continue;
+        for (Rows* rows : {&p.q, &p.k, &p.v}) rows->data = past(rows->data, row * rows->token_stride);
+        for (SlotTable* slots : {&p.read, &p.write}) slots->data += i * slots->batch_stride;
+        p.pool.arena += int64_t{i} * p.kv_heads;
+        p.out = const_cast<char*>(past(p.out, row * p.heads * p.head_dim)), p.lse += row * p.heads;
+        const AttnCut cut = cut_attn(p, static_cast<int>(1 + threads * p.tokens / all.tokens));
+        found.push_back({p, cut, task});
+        task += cut.tasks;
+    }
+    return found;
+}
+
+// q, k, v (1, T, H, D): the rows of N sequences, packed; lse is (1, H, T).
+std::tuple<Tensor, Tensor> attn_ragged_cpu(
+    Tensor q, Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor read_slots, Tensor write_slots, Tensor row_starts,
+    double softmax_scale, std::optional<Tensor> page_scales, std::string instruction_set) {
+    check_on_cpu("k", k);
+    const int64_t sequences = row_starts.numel() - 1;
+    check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales, Kernel::kCpu, sequences);
+    if (q.size(0) != 1) refuse("q has shape ", shape_of(q), "; packed rows must be (1, T, H, D)");
+    const int32_t* const starts = starts_of(row_starts, k);
+    AttnParams p = params_of(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales);
+    check_tables(p.pool, p.read, p.write, static_cast<int32_t>(sequences), p.kv_heads, {p.tokens, starts});
+    if (p.write.count > 0) check_apart(q, k, v, pages, page_scales);
+    const InstructionSet& set = instruction_set_of(instruction_set);
+    const std::array<int64_t, 4> out_shape{1, p.tokens, p.heads, p.head_dim};
+    const std::array<int64_t, 3> lse_shape{1, p.heads, p.tokens};
+    Tensor out = torch::stable::new_empty(q, {out_shape.data(), out_shape.size()});
+    Tensor lse = torch::stable::new_empty(q, {lse_shape.data(), lse_shape.size()}, ScalarType::Float);
+    if (q.numel() == 0) return {out, lse};
+    std::vector<float> apart(int64_t{p.heads} * p.tokens);
+    p.batch = 1, p.out = out.data_ptr(), p.lse = apart.data();
+    const auto all = sequences_of(p, starts, static_cast<int32_t>(sequences), q.element_size());
+    const int64_t keys = p.tokens / static_cast<int64_t>(all.size()) + int64_t{p.read.count} * p.pool.page_size;
+    for_each_task(all.back().first_task + all.back().cut.tasks, q.numel() * keys, [&](int64_t task) {
+        const auto after = [](int64_t at, const Sequence& sequence) { return at < sequence.first_task; };
+        const Sequence& own = *std::prev(std::upper_bound(all.begin(), all.end(), task, after));
+        set.attn(own.params, own.cut, task - own.first_task, scratch_of_thread());
+    });
+    for (const Sequence& own : all) {
+        float* const to = static_cast<float*>(lse.data_ptr()) + (own.params.lse - apart.data()) / p.heads;
+        for (int64_t head = 0; head < p.heads; ++head)
+            std::copy_n(own.params.lse + head * own.params.tokens, own.params.tokens, to + head * p.tokens);
+    }
     return {out, lse};
 }
 
@@ -159,7 +240,7 @@ void append_cpu(
     p.write = table_of(write_slots);
     p.batch = k.size(0), p.tokens = k.size(1), p.kv_heads = k.size(2), p.head_dim = k.size(3);
     p.dtype = dtype_of(k);
-    check_tables(p.pool, {}, p.write, p.batch, p.kv_heads, p.tokens);
+    check_tables(p.pool, {}, p.write, p.batch, p.kv_heads, {p.tokens});
     if (p.write.count > 0) check_apart("k", k, pages, page_scales), check_apart("v", v, pages, page_scales);
     const InstructionSet& set = instruction_set_of(instruction_set);
     for_each_task(int64_t{p.batch} * p.kv_heads, stored_elements(p.write, p.pool, k), [&](int64_t task) {
@@ -230,6 +311,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(amskv, m) {
         "float softmax_scale, Tensor(b!)? page_scales=None, bool leave_rest=False, str instruction_set=\"\") "
         "-> (Tensor, Tensor)");
     m.def(
+        "attn_ragged_cpu(Tensor q, Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor read_slots, "
+        "Tensor write_slots, Tensor row_starts, float softmax_scale, Tensor(b!)? page_scales=None, "
+        "str instruction_set=\"\") -> (Tensor, Tensor)");
+    m.def(
         "append_cpu(Tensor k, Tensor v, Tensor(a!) pages, Tensor arena, Tensor write_slots, "
         "Tensor(b!)? page_scales=None, str instruction_set=\"\") -> ()");
     m.def(
@@ -240,6 +325,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(amskv, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(amskv, CompositeExplicitAutograd, m) {
     m.impl("attn_cpu", TORCH_BOX(&amskv::cpu::attn_cpu));
+    m.impl("attn_ragged_cpu", TORCH_BOX(&amskv::cpu::attn_ragged_cpu));
     m.impl("append_cpu", TORCH_BOX(&amskv::cpu::append_cpu));
     m.impl("prepare_qk_cpu", TORCH_BOX(&amskv::cpu::prepare_qk_cpu));
     m.impl("cpu_info", TORCH_BOX(&amskv::cpu::cpu_info));

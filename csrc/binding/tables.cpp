@@ -80,24 +80,24 @@ void check_written(
 }  // namespace
 
 void check_tables(
-    const Pool& pool, const SlotTable& read, const SlotTable& write, int32_t batch, int32_t kv_heads, int32_t tokens) {
+    const Pool& pool, const SlotTable& read, const SlotTable& write, int32_t batch, int32_t kv_heads, Lengths lengths) {
     const auto for_each_head = [&](const SlotTable& table, auto&& check) {
         for (int32_t b = 0; b < batch && table.count > 0; ++b) {
             for (int32_t h = 0; h < kv_heads; ++h)
                 check(
                     int64_t{pool.arena[b * kv_heads + h]},
-                    table.data + b * table.batch_stride + h * table.head_stride);
+                    table.data + b * table.batch_stride + h * table.head_stride, lengths.of(b));
         }
     };
-    for_each_head(read, [&](int64_t first, const int32_t* slots) {
+    for_each_head(read, [&](int64_t first, const int32_t* slots, int32_t) {
         for (int32_t i = 0; i < read.count; ++i) rows_of("read_slots", pool, first, slots[i]);
     });
     if (write.count == 0) return;
     Readable readable(pool);
-    for_each_head(write, [&](int64_t first, const int32_t* slots) {
+    for_each_head(write, [&](int64_t first, const int32_t* slots, int32_t tokens) {
         check_written(pool, first, slots, write.count, tokens, readable);
     });
-    for_each_head(read, [&](int64_t first, const int32_t* slots) {
+    for_each_head(read, [&](int64_t first, const int32_t* slots, int32_t) {
         for (int32_t i = 0; i < read.count; ++i) {
             const int64_t page = first + (slots[i] >> kRowsBits);
             const int32_t rows = slots[i] & kRowsMask;

@@ -5,8 +5,15 @@
 
 namespace amskv {
 
+// How many tokens each sequence has: as many as the others, or by the packed row at which each begins.
+struct Lengths {
+    int32_t tokens;
+    const int32_t* starts = nullptr;
+    int32_t of(int32_t sequence) const { return starts ? starts[sequence + 1] - starts[sequence] : tokens; }
+};
+
 // Throws std::invalid_argument for slots that point outside the pool, overlap, or read what the same call writes.
 void check_tables(
-    const Pool& pool, const SlotTable& read, const SlotTable& write, int32_t batch, int32_t kv_heads, int32_t tokens);
+    const Pool& pool, const SlotTable& read, const SlotTable& write, int32_t batch, int32_t kv_heads, Lengths lengths);
 
 }  // namespace amskv

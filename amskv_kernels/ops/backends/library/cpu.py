@@ -9,7 +9,6 @@ from torch import Tensor
 
 from amskv_kernels.ops.backends.library import planned, why_not_loaded
 from amskv_kernels.ops.checks import DTYPES, PlannedAttn
-from amskv_kernels.ops.ragged import by_neighbours
 
 __all__ = [
     "CHECKS_ITSELF", "DTYPES", "PAGE_DTYPES",
@@ -39,7 +38,10 @@ def attn_ragged(
     row_starts: Tensor, softmax_scale: float, page_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `amskv_kernels.ops.attn_ragged`."""
-    return by_neighbours(attn, q, k, v, pages, arena, read_slots, write_slots, row_starts, softmax_scale, page_scales)
+    out, lse = torch.ops.amskv.attn_ragged_cpu(
+        q[None], k[None], v[None], pages, arena, read_slots, write_slots, row_starts, softmax_scale, page_scales
+    )
+    return out[0], lse[0]
 
 
 def prepared_attn(call: PlannedAttn) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
