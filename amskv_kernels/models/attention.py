@@ -17,6 +17,9 @@ class Attention(Protocol):
     An object may also have `keeps_fp32_keys = True`: then q and k of an L2-normalised model arrive in fp32, as stock
     code caches them. Without it (or False) they arrive in v's dtype. And it may have `prepare(layer, x, weight)`,
     called before each `attend` with the input (B, n, C) and the weight (H · D, C) of the layer's query projection.
+    One that norms q and k itself has `attend_qkv(layer, qkv, q_scale, softmax_scale)`, which VAR then calls in place of
+    both: qkv (B, n, 3 · H, D) as it was projected, q_scale (H,) fp32 the length of L2-normalised q, None where neither
+    q nor k is normalised.
     """
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:

@@ -8,7 +8,7 @@ layer hands its q, k, v to an `Attention`, which keeps what it wants.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -78,6 +78,13 @@ class Generation(NamedTuple):
     tokens: Tensor  # (B, schedule.total) int64, coarsest scale first
 
 
+class Conditions(NamedTuple):
+    """What depends on the class alone, as tensors that broadcast over the rows they are for."""
+
+    layers: Iterable[Sequence[Tensor]]  # per layer gates, scales and shifts, each of attention and of the feed-forward
+    head: Sequence[Tensor]  # scale and shift of the norm before the logits, fp32
+
+
 class SelfAttention(nn.Module):
     """The projections around one layer's attention: (B, n, C) -> (B, n, C)."""
 
@@ -107,6 +114,11 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, attention: Attention) -> Tensor:
         b, n, _ = x.shape
         qkv = F.linear(x, self.mat_qkv.weight, self.qkv_bias())
+        attend_qkv = getattr(attention, "attend_qkv", None)
+        if attend_qkv is not None:
+            length = self.q_length().flatten() if self.l2_norm else None
+            out = attend_qkv(self.layer, qkv.view(b, n, -1, self.head_dim), length, self.softmax_scale)
+            return self.proj(out.reshape(b, n, -1))
         q, k, v = qkv.view(b, n, 3, self.num_heads, self.head_dim).unbind(2)
         if self.l2_norm:
             q = F.normalize(q.float(), dim=-1) * self.q_length()
@@ -132,11 +144,11 @@ class FeedForward(nn.Module):
 
 
 def _modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (scale + 1) + shift
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), scale)
 
 
 class Block(nn.Module):
-    """One transformer layer; its norms and gates depend on the class through a modulation (B, 1, 6, C)."""
+    """One transformer layer; its norms and gates depend on the class."""
 
     def __init__(self, config: VARConfig, layer: int) -> None:
         super().__init__()
@@ -149,14 +161,16 @@ class Block(nn.Module):
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def modulation(self, cond: Tensor) -> Tensor:
-        """cond (B, C), or the shared modulation (B, 1, 6, C) of a model that has one -> (B, 1, 6, C)."""
-        return self.ada_gss + cond if self.shared else self.ada_lin(cond).view(len(cond), 1, 6, -1)
+    def modulation(self, cond: Tensor) -> tuple[Tensor, ...]:
+        """cond (B, C), or the shared modulation (B, 1, 6, C) of a model that has one -> six of (B, 1, C)."""
+        found = self.ada_gss + cond if self.shared else self.ada_lin(cond).view(len(cond), 1, 6, -1)
+        gate1, gate2, scale1, scale2, shift1, shift2 = found.unbind(2)
+        return gate1, gate2, scale1 + 1, scale2 + 1, shift1, shift2
 
-    def forward(self, x: Tensor, modulation: Tensor, attention: Attention) -> Tensor:
-        gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
-        x = x + self.attn(_modulated_norm(x, scale1, shift1), attention) * gate1
-        return x + self.ffn(_modulated_norm(x, scale2, shift2)) * gate2
+    def forward(self, x: Tensor, modulation: Sequence[Tensor], attention: Attention) -> Tensor:
+        gate1, gate2, scale1, scale2, shift1, shift2 = modulation
+        x = torch.addcmul(x, self.attn(_modulated_norm(x, scale1, shift1), attention), gate1)
+        return torch.addcmul(x, self.ffn(_modulated_norm(x, scale2, shift2)), gate2)
 
 
 class HeadNorm(nn.Module):
@@ -166,12 +180,13 @@ class HeadNorm(nn.Module):
         super().__init__()
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def modulation(self, cond: Tensor) -> Tensor:
-        """cond (B, C) -> scale and shift (B, 1, 2, C)."""
-        return self.ada_lin(cond).view(len(cond), 1, 2, -1)
+    def modulation(self, cond: Tensor) -> tuple[Tensor, Tensor]:
+        """cond (B, C) -> scale and shift (B, 1, C) fp32."""
+        scale, shift = self.ada_lin(cond).view(len(cond), 1, 2, -1).unbind(2)
+        return (scale + 1).float(), shift.float()
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        return _modulated_norm(x.float(), *self.modulation(cond).unbind(2))
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return _modulated_norm(x.float(), scale, shift)
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -246,16 +261,21 @@ class VAR(CheckedModule):
         """Latent maps (B, n, z_channels) -> (B, n, C), before `places`."""
         return self.word_embed(maps.to(self.word_embed.weight.dtype))
 
-    def modulations(self, cond: Tensor) -> list[Tensor]:
-        """Each layer's modulation (B, 1, 6, C) for class embeddings cond (B, C); the same at every step."""
+    def conditions(self, cond: Tensor) -> Conditions:
+        """What class embeddings cond (B, C) do, as (B, 1, C); the same at every step."""
+        head = self.head_nm.modulation(cond)
         if self.config.shared_adaln:
             cond = self.shared_ada_lin(cond).view(len(cond), 1, 6, -1)
-        return [cast(Block, block).modulation(cond) for block in self.blocks]
+        return Conditions([cast(Block, block).modulation(cond) for block in self.blocks], head)
 
-    def _logits(self, x: Tensor, cond: Tensor, modulations: list[Tensor], attention: Attention) -> Tensor:
-        for block, modulation in zip(self.blocks, modulations, strict=True):
+    def transform(self, x: Tensor, conditions: Conditions, attention: Attention) -> Tensor:
+        """All layers and the head: inputs x (B, n, C) -> logits (B, n, vocab_size) fp32.
+
+        Rows of sequences at different steps may be packed as one, (1, T, C), with conditions of (1, T, C).
+        """
+        for block, modulation in zip(self.blocks, conditions.layers, strict=True):
             x = block(x, modulation, attention)
-        return self.head(self.head_nm(x, cond).to(self.head.weight.dtype)).float()
+        return self.head(self.head_nm(x, *conditions.head).to(self.head.weight.dtype)).float()
 
     def _check_labels(self, labels: Tensor) -> None:
         if labels.ndim != 1 or labels.dtype not in (torch.int32, torch.int64) or not len(labels):
@@ -299,7 +319,7 @@ class VAR(CheckedModule):
             )
         cond = self.class_emb(labels)
         x = torch.cat((self.start(cond), self.embed(inputs)), dim=1) + self.places()[:, :end]
-        return self._logits(x, cond, self.modulations(cond), attention)
+        return self.transform(x, self.conditions(cond), attention)
 
     def _check_sampling(self, vae: VQVAE, labels: Tensor, cfg: float, top_k: int, top_p: float) -> None:
         self._check_labels(labels)
@@ -356,12 +376,12 @@ class VAR(CheckedModule):
         batch, last = len(labels), len(schedule) - 1
         labels = labels.to(self.lvl_1L.device)
         cond = self.class_emb(torch.cat((labels, torch.full_like(labels, self.config.num_classes))))
-        modulations, places = self.modulations(cond), self.places()
+        conditions, places = self.conditions(cond), self.places()
         x = self.start(cond)
         fhat = torch.zeros(batch, self.config.z_channels, *schedule.sizes[-1], dtype=torch.float32, device=cond.device)
         drawn = []
         for k, (offset, n) in enumerate(zip(schedule.offsets, schedule.tokens, strict=True)):
-            logits = self._logits(x + places[:, offset : offset + n], cond, modulations, attention)
+            logits = self.transform(x + places[:, offset : offset + n], conditions, attention)
             t = cfg * (k / last) if last else 0.0
             logits = filter_logits((1 + t) * logits[:batch] - t * logits[batch:], top_k, top_p)
             tokens = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, replacement=True, generator=generator)

@@ -2,43 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from amskv_kernels import ops  # noqa: F401 - registers torch.ops.amskv
-from amskv_kernels.serving.batch import Group, Tables
+from amskv_kernels.ops.prepared import prepare_attn_ragged
+from amskv_kernels.serving.batch import Mixture
 from amskv_kernels.serving.pool import UnitPool
 
 
 class PoolAttention:
-    """Runs `torch.ops.amskv.attn_ragged` over the pool, for all sequences of a tick.
+    """Runs `attn_ragged` over the pool, for all sequences of a tick.
 
     Args:
         pool: whose pages hold the history.
-        rows: sequences at most.
+        dtype: of q, k and v.
     """
 
-    def __init__(self, pool: UnitPool, rows: int) -> None:
+    def __init__(self, pool: UnitPool, dtype: torch.dtype) -> None:
         self.pool = pool
-        self._tables = Tables(pool, rows)
-        self._call: tuple[Tensor, Tensor, Tensor, Tensor]
+        self._attn = prepare_attn_ragged(pool.pages.device, dtype, pool.pages.dtype)
+        self._mixture: Mixture
 
-    def begin(self, groups: Sequence[Group]) -> None:
-        """A tick whose units have been taken: its tables go to the device, once for all layers."""
-        tables, sequences, device = self._tables, groups[-1].last, self.pool.pages.device
-        tables.fill(groups)
-        self._rows = groups[-1].rows.stop
-        read, write = (torch.from_numpy(table).to(device) for table in (tables.read, tables.write))
-        starts = torch.from_numpy(tables.starts[: sequences + 1]).to(device)
-        self._call = (self.pool.arena[:sequences], read[:, :sequences], write[:, :sequences], starts)
+    def begin(self, mixture: Mixture) -> None:
+        """A tick of a mixture, whose tables name units that have been taken."""
+        self._mixture = mixture
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, out: Tensor) -> None:
-        """q, k, v (T, H, D) -> out (T, H, D); see `PackedAttention`."""
-        rows, (arena, read, write, starts) = self._rows, self._call
-        found, _ = torch.ops.amskv.attn_ragged.default(
-            q[:rows], k[:rows], v[:rows], self.pool.pages, arena, read[layer], write[layer], starts, softmax_scale,
-            self.pool.page_scales,
+    def attend_qkv(self, layer: int, qkv: Tensor, q_scale: Tensor | None, softmax_scale: float) -> Tensor:
+        """qkv (1, T, 3 · H, D) of packed rows -> (1, T, H, D), zeros in rows past the last sequence's."""
+        heads, mixture, pool = qkv.shape[2] // 3, self._mixture, self.pool
+        if q_scale is None:
+            q, k = qkv[:, :, :heads], qkv[:, :, heads : 2 * heads]
+        else:
+            q, k = torch.ops.amskv.prepare_qk.default(qkv, heads, q_scale, None, None, True)
+        rows = mixture.rows
+        out, _ = self._attn(
+            q[0, :rows], k[0, :rows], qkv[0, :rows, 2 * heads :], pool.pages, pool.arena[: len(mixture.starts) - 1],
+            mixture.read.device[layer], mixture.write.device[layer], mixture.starts, softmax_scale, pool.page_scales,
         )  # fmt: skip
-        out[:rows] = found
+        return F.pad(out, (0, 0, 0, 0, 0, qkv.shape[1] - rows))[None] if rows < qkv.shape[1] else out[None]

@@ -20,7 +20,7 @@ from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.policies import Policy, parse_policy
 from amskv_kernels.serving.admission import PAIR, Admission
 from amskv_kernels.serving.attention import PoolAttention
-from amskv_kernels.serving.batch import Group, Limits, groups_of
+from amskv_kernels.serving.batch import Group, Mixtures, groups_of
 from amskv_kernels.serving.forward import PackedVAR
 from amskv_kernels.serving.pool import UnitPool
 from amskv_kernels.serving.requests import CancelledError, Drawn, Handle, Listener, Request
@@ -112,7 +112,8 @@ class Engine:
         pace = self.admission.pace
         self.max_images = min(most, pace.sequences * -(-len(config.schedule) // pace.ticks))
         self._model = PackedVAR(var, vae, self.max_images)
-        self._attention = PoolAttention(self.pool, PAIR * self.max_images)
+        self._attention = PoolAttention(self.pool, weight.dtype)
+        self._mixtures = Mixtures(self.pool, config.schedule.offsets)
         self._steps = np.full(self.max_images, -1)
         self._inside: list[Handle | None] = [None] * self.max_images
         self._generators: list[torch.Generator | None] = [None] * self.max_images
@@ -254,11 +255,9 @@ class Engine:
             self.pool.begin(group.members, group.step)
         active, planned = sum(len(group.places) for group in groups), int(self.admission.coming[0])
         self._note(active=active, used=self.pool.used, planned=planned)
-        self._attention.begin(groups)
-        requests = [None if handle is None else handle.request for handle in self._inside]
-        config = self.config
-        limits = Limits.of(groups, requests, config.vocab_size, len(config.schedule))
-        self._model.step(groups, limits, self._generators, self._attention)
+        mixture = self._mixtures.of(groups)
+        mixture.fill(groups, [handle and handle.request for handle in self._inside], self.config.vocab_size)
+        self._model.step(groups, mixture, self._generators, self._attention)
         for group in groups:
             self.pool.end(group.members, group.step)
             self._steps[group.places] += 1

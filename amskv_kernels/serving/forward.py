@@ -1,34 +1,24 @@
 """VAR over packed rows: images at different steps in one pass, and one map drawn for each.
 
-Linear layers see the rows of everyone at once; what depends on the step or the class goes group by group. The numbers
-are those of `VAR.generate`, operation for operation.
+The transformer is VAR's own, on the rows of everyone as one sequence, with each row's own conditions. What goes before
+and after it, inputs and sampling, is that of `VAR.generate` with each image's own state, generator and limits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, cast
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from amskv_kernels.models import VAR, VQVAE
-from amskv_kernels.models.var import Block
-from amskv_kernels.serving.batch import Group, Limits
+from amskv_kernels.models.var import Conditions
+from amskv_kernels.serving.attention import PoolAttention
+from amskv_kernels.serving.batch import LEAST_ROWS, Group, Mixture
+from amskv_kernels.serving.graphs import Graphs
 
-# A matrix product of fewer rows may sum in another order, on the CPU: an image's numbers would depend on who else is
-# there. So packed rows are never fewer, nor a convolution's images fewer than two.
-LEAST_ROWS = 16
-LEAST_IMAGES = 2
-
-
-class PackedAttention(Protocol):
-    """Attention of all sequences of a tick."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, out: Tensor) -> None:
-        """q, k, v (T, H, D) of `layer` -> out (T, H, D), contiguous; rows past the last sequence's stay as they are."""
-        ...
+LEAST_IMAGES = 2  # of a convolution, for the reason of LEAST_ROWS
 
 
 class PackedVAR:
@@ -46,130 +36,110 @@ class PackedVAR:
         self.device, width, (h, w) = weight.device, config.embed_dim, config.schedule.sizes[-1]
         self.fhat = torch.zeros(places, config.z_channels, h, w, dtype=torch.float32, device=self.device)
         self.tokens = torch.zeros(places, config.schedule.total, dtype=torch.int64, device=self.device)
+        # Of every condition, by row: 0 is no class, 1 + place that of the image there.
         self._starts = weight.new_zeros(places + 1, config.schedule.tokens[0], width)
-        self._modulations = weight.new_zeros(config.depth, places + 1, 6, width)
-        self._head_modulations = weight.new_zeros(places + 1, 2, width)
-        self._places = var.places()[0]
-        self._biases = [block.attn.qkv_bias() for block in self._blocks]
-        self._lengths = [block.attn.q_length()[0] if block.attn.l2_norm else None for block in self._blocks]
-        self._set_conditions([0], config.num_classes)
-
-    @property
-    def _blocks(self) -> list[Block]:
-        return cast(list[Block], list(self.var.blocks))
+        self._layers = weight.new_zeros(config.depth, 6, places + 1, width)
+        self._head = torch.zeros(2, places + 1, width, device=self.device)
+        self._positions = var.places()[0]
+        self._noise = torch.empty(0, config.vocab_size, device=self.device)
+        self._graphs = Graphs(self.device)
+        self._set_conditions(0, config.num_classes)
 
     def enter(self, place: int, label: int) -> None:
         """An image of a class begins at a place."""
         self.fhat[place].zero_()
-        self._set_conditions([place + 1], label)
+        self._set_conditions(place + 1, label)
 
-    def _set_conditions(self, rows: list[int], label: int) -> None:
+    def _set_conditions(self, row: int, label: int) -> None:
         """What depends on the class alone, worked out as for one image with guidance: two rows at once."""
         labels = torch.tensor([label, self.var.config.num_classes], device=self.device)
         cond = self.var.class_emb(labels)
-        self._starts[rows] = self.var.start(cond)[:1]
-        for layer, modulation in enumerate(self.var.modulations(cond)):
-            gate1, gate2, scale1, scale2, shift1, shift2 = modulation[:1, 0].unbind(1)
-            self._modulations[layer, rows] = torch.stack((gate1, gate2, scale1 + 1, scale2 + 1, shift1, shift2), 1)
-        scale, shift = self.var.head_nm.modulation(cond)[:1, 0].unbind(1)
-        self._head_modulations[rows] = torch.stack((scale + 1, shift), 1)
+        found = self.var.conditions(cond)
+        self._starts[row] = self.var.start(cond)[0]
+        for layer, modulation in enumerate(found.layers):
+            self._layers[layer, :, row] = torch.stack([x[0, 0] for x in modulation])
+        self._head[:, row] = torch.stack([x[0, 0] for x in found.head])
 
     def step(
-        self, groups: Sequence[Group], limits: Limits, generators: Sequence[torch.Generator | None],
-        attention: PackedAttention,
+        self, groups: Sequence[Group], mixture: Mixture, generators: Sequence[torch.Generator | None],
+        attention: PoolAttention,
     ) -> None:  # fmt: skip
-        """Draw the next map of every image: its tokens, and what they add to its latent."""
-        conditions = torch.cat([torch.from_numpy(group.conditions) for group in groups]).to(self.device)
-        logits = self._logits(self._inputs(groups, conditions), groups, conditions, attention)
-        drawn = self._draw(logits, limits, self._noise(groups, generators, logits.shape[1]))
-        for group in groups:
-            self._keep(group, drawn[group.map_rows].view(-1, group.tokens))
+        """Draw the next map of every image: its tokens, and what they add to its latent.
 
-    def _inputs(self, groups: Sequence[Group], conditions: Tensor) -> Tensor:
-        """(T, C), at least `LEAST_ROWS`."""
-        quantize, later = self.vae.quantize, [group for group in groups if group.step]
-        embedded = self._starts.new_empty(0)
-        if later:
-            maps = [quantize.next_map(group.step, self.fhat[group.places]).flatten(0, 1) for group in later]
-            embedded = self.var.embed(_at_least(torch.cat(maps), LEAST_ROWS))
-        found = []
-        for group in groups:
-            if group.step == 0:
-                x = self._starts[conditions[group.first : group.last]]
-            else:
-                own = embedded[group.map_row - later[0].map_row :][: len(group.places) * group.tokens]
-                x = own.view(len(group.places), group.tokens, -1)
-                x = torch.cat((x, x[group.guided]))
-            offset = self.var.config.schedule.offsets[group.step]
-            found.append((x + self._places[offset : offset + group.tokens]).flatten(0, 1))
-        return _at_least(torch.cat(found), LEAST_ROWS)
+        Args:
+            groups: who is at which step.
+            mixture: theirs, filled for this tick.
+            generators: by place.
+            attention: over the pool.
+        """
+        self._make_noise(groups, generators)
+        attention.begin(mixture)
+        self._graphs.run(mixture, partial(self._run, groups, mixture, attention))
 
-    def _logits(self, x: Tensor, groups: Sequence[Group], conditions: Tensor, attention: PackedAttention) -> Tensor:
-        heads, head_dim = self.var.kv_heads, self.var.config.head_dim
-        modulations = self._modulations[:, conditions]
-        mixed = x.new_zeros(len(x), heads, head_dim)
-        for layer, block in enumerate(self._blocks):
-            gate1, gate2, scale1, scale2, shift1, shift2 = modulations[layer].unbind(1)
-            h = _modulated(F.layer_norm(x, x.shape[-1:], eps=1e-6), groups, scale1, shift1)
-            qkv = F.linear(h, block.attn.mat_qkv.weight, self._biases[layer]).view(len(x), 3, heads, head_dim)
-            q, k, v = qkv.unbind(1)
-            length = self._lengths[layer]
-            if length is not None:
-                q = (F.normalize(q.float(), dim=-1) * length).to(v.dtype)
-                k = F.normalize(k.float(), dim=-1).to(v.dtype)
-            attention.attend(layer, q, k, v, block.attn.softmax_scale, mixed)
-            x = x + _modulated(block.attn.proj(mixed.flatten(1)), groups, gate1)
-            h = _modulated(F.layer_norm(x, x.shape[-1:], eps=1e-6), groups, scale2, shift2)
-            x = x + _modulated(block.ffn(h), groups, gate2)
-        h = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
-        h = _modulated(h, groups, *self._head_modulations[conditions].unbind(1))
-        return self.var.head(h.to(self.var.head.weight.dtype)).float()
+    def _run(self, groups: Sequence[Group], mixture: Mixture, attention: PoolAttention) -> None:
+        """The device's part: nothing here depends on more than the mixture, but for what lies in memory."""
+        x = self._inputs(groups, mixture)
+        logits = self.var.transform(x[None], self._conditions(mixture), attention)[0]
+        self._keep(groups, mixture, self._draw(logits, mixture))
 
-    def _noise(
-        self, groups: Sequence[Group], generators: Sequence[torch.Generator | None], vocab_size: int
-    ) -> Tensor:  # fmt: skip
+    def _inputs(self, groups: Sequence[Group], mixture: Mixture) -> Tensor:
+        """(T, C)."""
+        places, conditions, parts = mixture.places.device, mixture.conditions.device, []
+        if groups[0].step == 0:
+            parts.append(self._starts[conditions[: groups[0].last]].flatten(0, 1))
+        if later := [group for group in groups if group.step]:
+            next_map = self.vae.quantize.next_map
+            maps = [next_map(group.step, self.fhat[places[group.images]]).flatten(0, 1) for group in later]
+            parts.append(self.var.embed(_at_least(torch.cat(maps), LEAST_ROWS)))
+        return torch.cat(parts)[mixture.source] + self._positions[mixture.position]
+
+    def _conditions(self, mixture: Mixture) -> Conditions:
+        """Of every packed row, layer by layer as they are wanted."""
+        rows = mixture.conditions.device[mixture.sequence]
+        count = self._layers.shape[2]
+        six = (torch.arange(6, device=self.device)[:, None] * count + rows).flatten()
+
+        def layers() -> Iterator[Sequence[Tensor]]:
+            for layer in self._layers:
+                yield layer.flatten(0, 1).index_select(0, six).view(6, 1, len(rows), -1).unbind(0)
+
+        head = self._head.flatten(0, 1).index_select(0, six[: 2 * len(rows)])
+        return Conditions(layers(), head.view(2, 1, len(rows), -1).unbind(0))
+
+    def _make_noise(self, groups: Sequence[Group], generators: Sequence[torch.Generator | None]) -> None:
         """Each image's own: what `torch.multinomial` would take from its generator."""
-        noise = torch.empty(groups[-1].map_rows.stop, vocab_size, device=self.device)
+        rows, vocab_size = groups[-1].map_rows.stop, self._noise.shape[1]
+        if rows > len(self._noise):
+            self._noise = torch.empty(rows, vocab_size, device=self.device)
+            self._graphs.clear()  # they read the old one
         for group in groups:
-            parts = noise[group.map_rows].view(len(group.places), -1)
+            parts = self._noise[group.map_rows].view(len(group.places), -1)
             for place, part in zip(group.places.tolist(), parts, strict=True):
                 part.exponential_(generator=generators[place])
-        return noise
 
-    def _draw(self, logits: Tensor, limits: Limits, noise: Tensor) -> Tensor:
-        """(rows of all maps,) tokens: `filter_logits` and `torch.multinomial`, with every row's own limits."""
-        own, other, weights, kept, floor = (
-            torch.from_numpy(x).to(self.device) for x in (*limits.pair, limits.weights, limits.kept, limits.floor)
-        )
-        mixed = weights[0] * logits[own] - weights[1] * logits[other]
+    def _draw(self, logits: Tensor, mixture: Mixture) -> Tensor:
+        """(map rows,) tokens: `filter_logits` and `torch.multinomial`, with every row's own limits."""
+        gain, loss, kept, floor = (limit.device[mixture.image][:, None] for limit in mixture.limits)
+        mixed = gain * logits[mixture.own] - loss * logits[mixture.other]
         ascending, order = mixed.sort(-1)
         smallest = ascending.gather(-1, ascending.shape[1] - kept)
         ascending.masked_fill_(ascending < smallest, -torch.inf)
         outside = ascending.softmax(-1).cumsum(-1) <= floor
         outside[:, -1] = False
         ascending.masked_fill_(outside, -torch.inf)
-        return (mixed.scatter_(-1, order, ascending).softmax(-1) / noise).argmax(-1)
+        return (mixed.scatter_(-1, order, ascending).softmax(-1) / self._noise[: len(mixed)]).argmax(-1)
 
-    def _keep(self, group: Group, tokens: Tensor) -> None:
-        places = torch.from_numpy(group.places).to(self.device)
-        offset = self.var.config.schedule.offsets[group.step]
-        self.tokens[places, offset : offset + group.tokens] = tokens
-        added = self.vae.quantize.spread(group.step, _at_least(tokens, LEAST_IMAGES))
-        self.fhat.index_add_(0, places, added[: len(places)])
+    def _keep(self, groups: Sequence[Group], mixture: Mixture, drawn: Tensor) -> None:
+        places, total = mixture.places.device, self.tokens.shape[1]
+        self.tokens.view(-1)[places[mixture.image] * total + mixture.map_position] = drawn
+        for group in groups:
+            tokens = drawn[group.map_rows].view(-1, group.tokens)
+            added = self.vae.quantize.spread(group.step, _at_least(tokens, LEAST_IMAGES))
+            self.fhat.index_add_(0, places[group.images], added[: len(tokens)])
 
     def decode(self, places: Sequence[int]) -> Tensor:
         """(images, 3, H, W) fp32 in [0, 1] of what these places hold, on the CPU."""
         return self.vae.decode(self.fhat[list(places)]).float().cpu()
-
-
-def _modulated(x: Tensor, groups: Sequence[Group], scale: Tensor, shift: Tensor | None = None) -> Tensor:
-    """x (T, C), in place: times its sequence's row of `scale` (N, C), plus that of `shift`."""
-    for group in groups:
-        rows, own = x[group.rows].view(group.sequences, group.tokens, -1), slice(group.first, group.last)
-        rows.mul_(scale[own, None])
-        if shift is not None:
-            rows.add_(shift[own, None])
-    return x
 
 
 def _at_least(x: Tensor, rows: int) -> Tensor:
