@@ -8,7 +8,7 @@ layer hands its q, k, v to an `Attention`, which keeps what it wants.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from amskv_kernels.arguments import shown
 from amskv_kernels.models.attention import Attention
+from amskv_kernels.models.modulation import Conditions, Modulates, Modulation
 from amskv_kernels.models.vqvae import VQVAE, CheckedModule
 from amskv_kernels.schedule import ScaleSchedule
 
@@ -78,13 +79,6 @@ class Generation(NamedTuple):
     tokens: Tensor  # (B, schedule.total) int64, coarsest scale first
 
 
-class Conditions(NamedTuple):
-    """What depends on the class alone, as tensors that broadcast over the rows they are for."""
-
-    layers: Iterable[Sequence[Tensor]]  # per layer gates, scales and shifts, each of attention and of the feed-forward
-    head: Sequence[Tensor]  # scale and shift of the norm before the logits, fp32
-
-
 class SelfAttention(nn.Module):
     """The projections around one layer's attention: (B, n, C) -> (B, n, C)."""
 
@@ -143,10 +137,6 @@ class FeedForward(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-def _modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), scale)
-
-
 class Block(nn.Module):
     """One transformer layer; its norms and gates depend on the class."""
 
@@ -161,16 +151,15 @@ class Block(nn.Module):
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def modulation(self, cond: Tensor) -> tuple[Tensor, ...]:
-        """cond (B, C), or the shared modulation (B, 1, 6, C) of a model that has one -> six of (B, 1, C)."""
+    def modulation(self, cond: Tensor) -> Modulation:
+        """For cond (B, C), or the shared modulation (B, 1, 6, C) of a model that has one."""
         found = self.ada_gss + cond if self.shared else self.ada_lin(cond).view(len(cond), 1, 6, -1)
         gate1, gate2, scale1, scale2, shift1, shift2 = found.unbind(2)
-        return gate1, gate2, scale1 + 1, scale2 + 1, shift1, shift2
+        return Modulation((gate1, gate2), (scale1 + 1, scale2 + 1), (shift1, shift2))
 
-    def forward(self, x: Tensor, modulation: Sequence[Tensor], attention: Attention) -> Tensor:
-        gate1, gate2, scale1, scale2, shift1, shift2 = modulation
-        x = torch.addcmul(x, self.attn(_modulated_norm(x, scale1, shift1), attention), gate1)
-        return torch.addcmul(x, self.ffn(_modulated_norm(x, scale2, shift2)), gate2)
+    def forward(self, x: Tensor, modulation: Modulates, attention: Attention) -> Tensor:
+        x = modulation.add(x, self.attn(modulation.norm(x, 0), attention), 0)
+        return modulation.add(x, self.ffn(modulation.norm(x, 1)), 1)
 
 
 class HeadNorm(nn.Module):
@@ -180,13 +169,13 @@ class HeadNorm(nn.Module):
         super().__init__()
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def modulation(self, cond: Tensor) -> tuple[Tensor, Tensor]:
-        """cond (B, C) -> scale and shift (B, 1, C) fp32."""
+    def modulation(self, cond: Tensor) -> Modulation:
+        """For cond (B, C), in fp32."""
         scale, shift = self.ada_lin(cond).view(len(cond), 1, 2, -1).unbind(2)
-        return (scale + 1).float(), shift.float()
+        return Modulation((), ((scale + 1).float(),), (shift.float(),))
 
-    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        return _modulated_norm(x.float(), scale, shift)
+    def forward(self, x: Tensor, modulation: Modulates) -> Tensor:
+        return modulation.norm(x.float(), 0)
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -271,11 +260,11 @@ class VAR(CheckedModule):
     def transform(self, x: Tensor, conditions: Conditions, attention: Attention) -> Tensor:
         """All layers and the head: inputs x (B, n, C) -> logits (B, n, vocab_size) fp32.
 
-        Rows of sequences at different steps may be packed as one, (1, T, C), with conditions of (1, T, C).
+        Rows of sequences at different steps may be packed as those of one, (1, T, C), with conditions for such.
         """
         for block, modulation in zip(self.blocks, conditions.layers, strict=True):
             x = block(x, modulation, attention)
-        return self.head(self.head_nm(x, *conditions.head).to(self.head.weight.dtype)).float()
+        return self.head(self.head_nm(x, conditions.head).to(self.head.weight.dtype)).float()
 
     def _check_labels(self, labels: Tensor) -> None:
         if labels.ndim != 1 or labels.dtype not in (torch.int32, torch.int64) or not len(labels):

@@ -30,14 +30,19 @@ class PoolAttention:
 
     def attend_qkv(self, layer: int, qkv: Tensor, q_scale: Tensor | None, softmax_scale: float) -> Tensor:
         """qkv (1, T, 3 · H, D) of packed rows -> (1, T, H, D), zeros in rows past the last sequence's."""
-        heads, mixture, pool = qkv.shape[2] // 3, self._mixture, self.pool
+        heads = qkv.shape[2] // 3
         if q_scale is None:
             q, k = qkv[:, :, :heads], qkv[:, :, heads : 2 * heads]
         else:
             q, k = torch.ops.amskv.prepare_qk.default(qkv, heads, q_scale, None, None, True)
-        rows = mixture.rows
+        return self.attend(layer, q, k, qkv[:, :, 2 * heads :], softmax_scale)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+        """q, k, v (1, T, H, D) of packed rows -> as q, zeros in rows past the last sequence's."""
+        mixture, pool, given = self._mixture, self.pool, q.shape[1]
+        rows, sequences = mixture.rows, len(mixture.starts) - 1
         out, _ = self._attn(
-            q[0, :rows], k[0, :rows], qkv[0, :rows, 2 * heads :], pool.pages, pool.arena[: len(mixture.starts) - 1],
-            mixture.read.device[layer], mixture.write.device[layer], mixture.starts, softmax_scale, pool.page_scales,
+            q[0, :rows], k[0, :rows], v[0, :rows], pool.pages, pool.arena[:sequences], mixture.read.device[layer],
+            mixture.write.device[layer], mixture.starts, softmax_scale, pool.page_scales,
         )  # fmt: skip
-        return F.pad(out, (0, 0, 0, 0, 0, qkv.shape[1] - rows))[None] if rows < qkv.shape[1] else out[None]
+        return F.pad(out, (0, 0, 0, 0, 0, given - rows))[None] if rows < given else out[None]

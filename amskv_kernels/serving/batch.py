@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from amskv_kernels.serving.pool import UnitPool
 from amskv_kernels.serving.requests import Request
@@ -31,43 +30,30 @@ MOST_MIXTURES = 64  # remembered; many images that come evenly make one or two
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The images that are at one step, those with guidance first. Their sequences with their class come first, then
-    those without, of images with guidance.
+    """The images that are at one step, those with guidance first.
+
+    Of all packed rows the first are those of sequences with their class, one for each image; so they are the rows of
+    all images' maps as well. Those of sequences without follow, in the same order.
 
     Attributes:
         step: of the schedule.
         tokens: n of its map.
         places: (images,) of the engine's places.
         pairs: how many have guidance.
-        first: sequence of the batch that the group begins with.
-        row: packed row that it begins with.
-        image: which of all images it begins with.
-        map_row: row of all images' maps that it begins with.
+        image: which of all images it begins with, and its first sequence with the class.
+        row: packed row that this one begins with.
+        other: the first sequence without.
+        other_row: packed row that this one begins with.
     """
 
     step: int
     tokens: int
     places: Rows
     pairs: int
-    first: int
-    row: int
     image: int
-    map_row: int
-
-    @property
-    def sequences(self) -> int:
-        """Of all its images."""
-        return len(self.places) + self.pairs
-
-    @property
-    def last(self) -> int:
-        """One past its last sequence."""
-        return self.first + self.sequences
-
-    @property
-    def rows(self) -> slice:
-        """Its packed rows."""
-        return slice(self.row, self.row + self.sequences * self.tokens)
+    row: int
+    other: int
+    other_row: int
 
     @property
     def images(self) -> slice:
@@ -75,14 +61,19 @@ class Group:
         return slice(self.image, self.image + len(self.places))
 
     @property
-    def map_rows(self) -> slice:
-        """Its rows of all images' maps."""
-        return slice(self.map_row, self.map_row + len(self.places) * self.tokens)
+    def others(self) -> slice:
+        """Its sequences without the class."""
+        return slice(self.other, self.other + self.pairs)
 
     @property
-    def members(self) -> Rows:
-        """(sequences,) rows of the pool's maps: 2 · place with the class, 2 · place + 1 without."""
-        return np.concatenate([2 * self.places, 2 * self.places[: self.pairs] + 1])
+    def rows(self) -> slice:
+        """Its packed rows of sequences with the class."""
+        return slice(self.row, self.row + len(self.places) * self.tokens)
+
+    @property
+    def members(self) -> tuple[Rows, Rows]:
+        """Rows of the pool's maps: 2 · place of sequences with the class, 2 · place + 1 of those without."""
+        return 2 * self.places, 2 * self.places[: self.pairs] + 1
 
 
 def groups_of(steps: npt.NDArray[np.int64], guided: npt.NDArray[np.bool_], tokens: Sequence[int]) -> list[Group]:
@@ -93,15 +84,17 @@ def groups_of(steps: npt.NDArray[np.int64], guided: npt.NDArray[np.bool_], token
         guided: (places,) whether its image has guidance.
         tokens: of every scale.
     """
-    found: list[Group] = []
-    first = row = image = map_row = 0
-    for step in np.unique(steps[steps >= 0]).tolist():
-        own = steps == step
-        pairs, others = np.flatnonzero(own & guided), np.flatnonzero(own & ~guided)
-        places = np.concatenate([pairs, others])
-        group = Group(step, tokens[step], places, len(pairs), first, row, image, map_row)
-        found.append(group)
-        first, row, image, map_row = group.last, group.rows.stop, group.images.stop, group.map_rows.stop
+    inside = steps >= 0
+    other, other_row = int(inside.sum()), sum(tokens[step] for step in steps[inside].tolist())
+    image, row, found = 0, 0, []
+    for step in np.unique(steps[inside]).tolist():
+        own, n = steps == step, tokens[step]
+        pairs = np.flatnonzero(own & guided)
+        places = np.concatenate([pairs, np.flatnonzero(own & ~guided)])
+        found.append(Group(step, n, places, len(pairs), image, row, other, other_row))
+        image, row, other, other_row = (
+            image + len(places), row + len(places) * n, other + len(pairs), other_row + len(pairs) * n
+        )  # fmt: skip
     return found
 
 
@@ -138,48 +131,55 @@ class Mixture:
     """The tables of every tick at which as many images are at each step.
 
     Attributes:
-        key: (step, images, images with guidance) of each group.
-        sequence: (T,) of each packed row, at least `LEAST_ROWS`; the last is repeated.
+        rows: packed rows of all sequences, T.
+        runs: (sequences, rows of each) that have their conditions in common memory: each group's with the class, then
+            one of all rows without; rows are as many as `LEAST_ROWS` at least.
         source: (T,) row of the inputs, those of the first scale and then all later maps, that each packed row takes.
         position: (T,) of each packed row in the schedule.
-        own, other: (map rows,) packed row of each, with the class and without, its own where there is no guidance.
+        other: (map rows,) packed row without the class, that with it where there is no guidance.
         image: (map rows,) whose each is.
-        map_position: (map rows,) of each in the schedule.
         starts: (sequences + 1,) int32, packed row that each begins with.
         places: (images,) of the engine.
-        conditions: (sequences,) rows of the table of conditions: place + 1 with the class, 0 without.
+        conditions: (images + 1,) row of the table of conditions of each, and last that of no class.
         limits: of each image.
         read, write: (L, sequences, heads, S) slots.
     """
 
     def __init__(self, groups: Sequence[Group], pool: UnitPool, offsets: Sequence[int]) -> None:
-        device, last = pool.pages.device, groups[-1]
-        self.key = key_of(groups)
-        self.rows = last.rows.stop
-        lengths = np.repeat([group.tokens for group in groups], [group.sequences for group in groups])
-        starts = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
-        begins = groups[0] if groups[0].step == 0 else None
-        ahead = begins.rows.stop - begins.map_rows.stop if begins else 0  # of inputs, more than of maps
-        parts = [_indices(group, offsets[group.step], ahead) for group in groups]
-        source, position, own, other, map_position = (np.concatenate(x) for x in zip(*parts, strict=True))
-        packed = (np.repeat(np.arange(last.last), lengths), source, position)
-        self.sequence, self.source, self.position = (_on(_at_least(x, LEAST_ROWS), device) for x in packed)
-        sizes = np.repeat([group.tokens for group in groups], [len(group.places) for group in groups])
-        image = np.repeat(np.arange(last.images.stop), sizes)
-        self.own, self.other, self.image, self.map_position = (
-            _on(x, device) for x in (own, other, image, map_position)
+        device, last, count = pool.pages.device, groups[-1], pool.plan.steps[0].tokens
+        maps, images, sequences = last.rows.stop, last.images.stop, last.others.stop
+        self.rows = last.other_row + last.pairs * last.tokens
+        padded = max(self.rows, LEAST_ROWS)
+        self.runs = [(len(group.places), group.tokens) for group in groups] + [(1, padded - maps)] * (padded > maps)
+        source, position = np.zeros((2, padded), dtype=np.int64)
+        other, image = np.zeros((2, maps), dtype=np.int64)
+        lengths = np.zeros(sequences, dtype=np.int64)
+        source[:maps], other[:] = count + np.arange(maps), np.arange(maps)
+        for group in groups:
+            n, own = group.tokens, np.arange(group.pairs * group.tokens)
+            rows, within = group.other_row + own, offsets[group.step] + np.arange(n)
+            position[group.rows], position[rows] = np.tile(within, len(group.places)), np.tile(within, group.pairs)
+            source[rows] = count + group.row + own if group.step else own % n
+            other[group.row + own] = rows
+            image[group.rows] = np.repeat(np.arange(images)[group.images], n)
+            lengths[group.images] = lengths[group.others] = n
+        source[self.rows :], position[self.rows :] = source[self.rows - 1], position[self.rows - 1]
+        self.source, self.position, self.other, self.image = (
+            torch.from_numpy(x).to(device) for x in (source, position, other, image)
         )
-        self.starts = _on(starts, device)
-        images = last.images.stop
+        self.starts = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32)).to(device)
+        self._make_tables(groups, pool, images, sequences)
+
+    def _make_tables(self, groups: Sequence[Group], pool: UnitPool, images: int, sequences: int) -> None:
+        """Those that every tick fills."""
+        device, plan, steps = pool.pages.device, pool.plan.plan, [pool.plan.steps[group.step] for group in groups]
         self.places = Mirror(np.zeros(images, dtype=np.int64), device)
-        self.conditions = Mirror(np.zeros(last.last, dtype=np.int64), device)
-        self.limits = Limits(
-            *(Mirror(np.zeros(images, x), device) for x in (np.float32, np.float32, np.int64, np.float32))
-        )
-        steps, plan = [pool.plan.steps[group.step] for group in groups], pool.plan.plan
+        self.conditions = Mirror(np.zeros(images + 1, dtype=np.int64), device)
+        types = (np.float32, np.float32, np.int64, np.float32)
+        self.limits = Limits(*(Mirror(np.zeros(images, dtype=x), device) for x in types))
         longest = (max(step.read.shape[2] for step in steps), max(step.write.shape[2] for step in steps))
         self.read, self.write = (
-            Mirror(np.zeros((plan.num_layers, last.last, plan.heads, size), dtype=np.int32), device) for size in longest
+            Mirror(np.zeros((plan.num_layers, sequences, plan.heads, size), dtype=np.int32), device) for size in longest
         )
         self._pool = pool
 
@@ -187,12 +187,11 @@ class Mixture:
         """The images of a tick whose units have been taken; `requests` by place."""
         last_step = max(len(self._pool.plan.steps) - 1, 1)
         for group in groups:
-            step, maps = self._pool.plan.steps[group.step], self._pool.maps[group.members]
-            for table, slots in ((self.read, step.read), (self.write, step.write)):
-                table.host[:, group.first : group.last, :, : slots.shape[2]] = remapped(slots, maps)
+            step = self._pool.plan.steps[group.step]
+            for members, own in zip(group.members, (group.images, group.others), strict=True):
+                for table, slots in ((self.read, step.read), (self.write, step.write)):
+                    table.host[:, own, :, : slots.shape[2]] = remapped(slots, self._pool.maps[members])
             self.places.host[group.images] = group.places
-            self.conditions.host[group.first : group.last] = 0
-            self.conditions.host[group.first : group.first + len(group.places)] = group.places + 1
             for image, place in enumerate(group.places.tolist(), group.image):
                 request = requests[place]
                 assert request is not None
@@ -200,6 +199,7 @@ class Mixture:
                 floor = 1 - request.top_p if request.top_p else -1.0
                 for limit, value in zip(self.limits, (1 + t, t, request.top_k or vocab_size, floor), strict=True):
                     limit.host[image] = value
+        self.conditions.host[:-1] = self.places.host + 1
         for mirror in (self.places, self.conditions, *self.limits, self.read, self.write):
             mirror.send()
 
@@ -230,28 +230,3 @@ class Mixtures:
 def key_of(groups: Sequence[Group]) -> tuple[tuple[int, int, int], ...]:
     """(step, images, images with guidance) of each group."""
     return tuple((group.step, len(group.places), group.pairs) for group in groups)
-
-
-def _indices(group: Group, offset: int, ahead: int) -> tuple[Rows, ...]:
-    """Source and position of a group's packed rows; own, other and position of its map rows."""
-    n, images, pairs = group.tokens, len(group.places), group.pairs
-    owner = np.concatenate([np.arange(images), np.arange(pairs)])  # image of each sequence
-    source = np.arange(group.sequences) if group.step == 0 else owner
-    begin = group.map_row + ahead if group.step else 0
-    within = np.arange(n)
-    own = group.row + np.arange(images * n)
-    other = own.copy()
-    other[: pairs * n] += images * n
-    return (
-        (begin + source[:, None] * n + within).ravel(), np.tile(offset + within, group.sequences), own, other,
-        np.tile(offset + within, images),
-    )  # fmt: skip
-
-
-def _at_least(x: Rows, count: int) -> Rows:
-    """x with its last repeated until there are so many."""
-    return np.pad(x, (0, max(count - len(x), 0)), mode="edge")
-
-
-def _on(x: npt.NDArray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(x)).to(device)

@@ -252,14 +252,15 @@ class Engine:
 
     def _run(self, groups: Sequence[Group]) -> None:
         for group in groups:
-            self.pool.begin(group.members, group.step)
+            self.pool.begin(np.concatenate(group.members), group.step)
         active, planned = sum(len(group.places) for group in groups), int(self.admission.coming[0])
         self._note(active=active, used=self.pool.used, planned=planned)
         mixture = self._mixtures.of(groups)
-        mixture.fill(groups, [handle and handle.request for handle in self._inside], self.config.vocab_size)
+        requests = [None if handle is None else handle.request for handle in self._inside]
+        mixture.fill(groups, requests, self.config.vocab_size)
         self._model.step(groups, mixture, self._generators, self._attention)
         for group in groups:
-            self.pool.end(group.members, group.step)
+            self.pool.end(np.concatenate(group.members), group.step)
             self._steps[group.places] += 1
         self.admission.advance()
         self._tell(groups)

@@ -6,19 +6,59 @@ and after it, inputs and sampling, is that of `VAR.generate` with each image's o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from amskv_kernels.models import VAR, VQVAE
-from amskv_kernels.models.var import Conditions
+from amskv_kernels.models.modulation import Conditions, Modulation, normalised
 from amskv_kernels.serving.attention import PoolAttention
 from amskv_kernels.serving.batch import LEAST_ROWS, Group, Mixture
 from amskv_kernels.serving.graphs import Graphs
 
 LEAST_IMAGES = 2  # of a convolution, for the reason of LEAST_ROWS
+
+
+class RunModulation(NamedTuple):
+    """Of packed rows (1, T, C), which are runs of sequences of equal length; see `VAR`'s own `Modulation`.
+
+    Attributes:
+        runs: (sequences, rows of each).
+        gates, scales, shifts: of every part, for every run, (sequences, 1, C).
+    """
+
+    runs: Sequence[tuple[int, int]]
+    gates: Sequence[Sequence[Tensor]]
+    scales: Sequence[Sequence[Tensor]]
+    shifts: Sequence[Sequence[Tensor]]
+
+    @classmethod
+    def of(cls, found: Tensor, runs: Sequence[tuple[int, int]], parts: int) -> RunModulation:
+        """`found` (gates, scales and shifts, sequences of all runs, C); there are no gates where there is one part."""
+        split = found[:, :, None].split([sequences for sequences, _ in runs], 1)
+        kinds = list(zip(*(own.unbind(0) for own in split), strict=True))
+        return cls(runs, kinds[: -2 * parts], kinds[-2 * parts : -parts], kinds[-parts:])
+
+    def norm(self, x: Tensor, part: int) -> Tensor:
+        """See `Modulates`."""
+        found = normalised(x)
+        for rows, scale, shift in zip(self._views(found), self.scales[part], self.shifts[part], strict=True):
+            torch.addcmul(shift, rows, scale, out=rows)
+        return found
+
+    def add(self, x: Tensor, y: Tensor, part: int) -> Tensor:
+        """See `Modulates`; x is changed."""
+        for rows, own, gate in zip(self._views(x), self._views(y), self.gates[part], strict=True):
+            rows.addcmul_(own, gate)
+        return x
+
+    def _views(self, x: Tensor) -> Iterable[Tensor]:
+        """(sequences, rows, C) of each run."""
+        parts = x[0].split([sequences * rows for sequences, rows in self.runs])
+        return (own.view(*run, -1) for own, run in zip(parts, self.runs, strict=True))
 
 
 class PackedVAR:
@@ -57,8 +97,8 @@ class PackedVAR:
         found = self.var.conditions(cond)
         self._starts[row] = self.var.start(cond)[0]
         for layer, modulation in enumerate(found.layers):
-            self._layers[layer, :, row] = torch.stack([x[0, 0] for x in modulation])
-        self._head[:, row] = torch.stack([x[0, 0] for x in found.head])
+            self._layers[layer, :, row] = _stacked(cast(Modulation, modulation))
+        self._head[:, row] = _stacked(cast(Modulation, found.head))
 
     def step(
         self, groups: Sequence[Group], mixture: Mixture, generators: Sequence[torch.Generator | None],
@@ -84,9 +124,9 @@ class PackedVAR:
 
     def _inputs(self, groups: Sequence[Group], mixture: Mixture) -> Tensor:
         """(T, C)."""
-        places, conditions, parts = mixture.places.device, mixture.conditions.device, []
+        places, parts = mixture.places.device, [self._starts[0]]
         if groups[0].step == 0:
-            parts.append(self._starts[conditions[: groups[0].last]].flatten(0, 1))
+            parts.append(self._starts[mixture.conditions.device[groups[0].images]].flatten(0, 1))
         if later := [group for group in groups if group.step]:
             next_map = self.vae.quantize.next_map
             maps = [next_map(group.step, self.fhat[places[group.images]]).flatten(0, 1) for group in later]
@@ -94,33 +134,30 @@ class PackedVAR:
         return torch.cat(parts)[mixture.source] + self._positions[mixture.position]
 
     def _conditions(self, mixture: Mixture) -> Conditions:
-        """Of every packed row, layer by layer as they are wanted."""
-        rows = mixture.conditions.device[mixture.sequence]
-        count = self._layers.shape[2]
-        six = (torch.arange(6, device=self.device)[:, None] * count + rows).flatten()
+        """Of every run of packed rows, layer by layer as they are wanted."""
+        rows = mixture.conditions.device[: sum(sequences for sequences, _ in mixture.runs)]
 
-        def layers() -> Iterator[Sequence[Tensor]]:
+        def layers() -> Iterator[RunModulation]:
             for layer in self._layers:
-                yield layer.flatten(0, 1).index_select(0, six).view(6, 1, len(rows), -1).unbind(0)
+                yield RunModulation.of(layer.index_select(1, rows), mixture.runs, 2)
 
-        head = self._head.flatten(0, 1).index_select(0, six[: 2 * len(rows)])
-        return Conditions(layers(), head.view(2, 1, len(rows), -1).unbind(0))
+        return Conditions(layers(), RunModulation.of(self._head.index_select(1, rows), mixture.runs, 1))
 
     def _make_noise(self, groups: Sequence[Group], generators: Sequence[torch.Generator | None]) -> None:
         """Each image's own: what `torch.multinomial` would take from its generator."""
-        rows, vocab_size = groups[-1].map_rows.stop, self._noise.shape[1]
+        rows, vocab_size = groups[-1].rows.stop, self._noise.shape[1]
         if rows > len(self._noise):
             self._noise = torch.empty(rows, vocab_size, device=self.device)
             self._graphs.clear()  # they read the old one
         for group in groups:
-            parts = self._noise[group.map_rows].view(len(group.places), -1)
+            parts = self._noise[group.rows].view(len(group.places), -1)
             for place, part in zip(group.places.tolist(), parts, strict=True):
                 part.exponential_(generator=generators[place])
 
     def _draw(self, logits: Tensor, mixture: Mixture) -> Tensor:
         """(map rows,) tokens: `filter_logits` and `torch.multinomial`, with every row's own limits."""
         gain, loss, kept, floor = (limit.device[mixture.image][:, None] for limit in mixture.limits)
-        mixed = gain * logits[mixture.own] - loss * logits[mixture.other]
+        mixed = gain * logits[: len(mixture.image)] - loss * logits[mixture.other]
         ascending, order = mixed.sort(-1)
         smallest = ascending.gather(-1, ascending.shape[1] - kept)
         ascending.masked_fill_(ascending < smallest, -torch.inf)
@@ -131,15 +168,20 @@ class PackedVAR:
 
     def _keep(self, groups: Sequence[Group], mixture: Mixture, drawn: Tensor) -> None:
         places, total = mixture.places.device, self.tokens.shape[1]
-        self.tokens.view(-1)[places[mixture.image] * total + mixture.map_position] = drawn
+        self.tokens.view(-1)[places[mixture.image] * total + mixture.position[: len(drawn)]] = drawn
         for group in groups:
-            tokens = drawn[group.map_rows].view(-1, group.tokens)
+            tokens = drawn[group.rows].view(-1, group.tokens)
             added = self.vae.quantize.spread(group.step, _at_least(tokens, LEAST_IMAGES))
             self.fhat.index_add_(0, places[group.images], added[: len(tokens)])
 
     def decode(self, places: Sequence[int]) -> Tensor:
         """(images, 3, H, W) fp32 in [0, 1] of what these places hold, on the CPU."""
         return self.vae.decode(self.fhat[list(places)]).float().cpu()
+
+
+def _stacked(modulation: Modulation) -> Tensor:
+    """(gates, scales and shifts, C) of the first of a batch."""
+    return torch.stack([x[0, 0] for kind in modulation for x in kind])
 
 
 def _at_least(x: Tensor, rows: int) -> Tensor:

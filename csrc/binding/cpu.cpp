@@ -208,14 +208,15 @@ std::tuple<Tensor, Tensor> attn_ragged_cpu(
     const InstructionSet& set = instruction_set_of(instruction_set);
     const std::array<int64_t, 4> out_shape{1, p.tokens, p.heads, p.head_dim};
     const std::array<int64_t, 3> lse_shape{1, p.heads, p.tokens};
-    Tensor out = torch::stable::new_empty(q, {out_shape.data(), out_shape.size()});
-    Tensor lse = torch::stable::new_empty(q, {lse_shape.data(), lse_shape.size()}, ScalarType::Float);
+    Tensor out = empty(out_shape, q.scalar_type());
+    Tensor lse = empty(lse_shape, ScalarType::Float);
     if (q.numel() == 0) return {out, lse};
     std::vector<float> apart(int64_t{p.heads} * p.tokens);
     p.batch = 1, p.out = out.data_ptr(), p.lse = apart.data();
     const auto all = sequences_of(p, starts, static_cast<int32_t>(sequences), q.element_size());
     const int64_t keys = p.tokens / static_cast<int64_t>(all.size()) + int64_t{p.read.count} * p.pool.page_size;
-    for_each_task(all.back().first_task + all.back().cut.tasks, q.numel() * keys, [&](int64_t task) {
+    const int64_t work = q.numel() * keys + stored_elements(p.write, p.pool, k);
+    for_each_task(all.back().first_task + all.back().cut.tasks, work, [&](int64_t task) {
         const auto after = [](int64_t at, const Sequence& sequence) { return at < sequence.first_task; };
         const Sequence& own = *std::prev(std::upper_bound(all.begin(), all.end(), task, after));
         set.attn(own.params, own.cut, task - own.first_task, scratch_of_thread());
