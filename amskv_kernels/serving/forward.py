@@ -15,6 +15,7 @@ from torch import Tensor
 
 from amskv_kernels.models import VAR, VQVAE
 from amskv_kernels.models.modulation import Conditions, Modulation, normalised
+from amskv_kernels.models.tensor_parallel import ranks_of
 from amskv_kernels.serving.attention import PoolAttention
 from amskv_kernels.serving.batch import LEAST_ROWS, Group, Mixture
 from amskv_kernels.serving.graphs import Graphs
@@ -82,7 +83,7 @@ class PackedVAR:
         self._head = torch.zeros(2, places + 1, width, device=self.device)
         self._positions = var.places()[0]
         self._noise = torch.empty(0, config.vocab_size, device=self.device)
-        self._graphs = Graphs(self.device)
+        self._graphs = Graphs(self.device, ranks_of(var) == 1)
         self._set_conditions(0, config.num_classes)
 
     def enter(self, place: int, label: int) -> None:

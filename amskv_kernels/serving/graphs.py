@@ -18,10 +18,11 @@ class Graphs:
 
     Args:
         device: that runs the ticks.
+        alone: whether no other process takes part in them; what passes between processes is not captured.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._captures = device.type == "cuda"
+    def __init__(self, device: torch.device, alone: bool) -> None:
+        self._captures = alone and device.type == "cuda"
         self.clear()
 
     def clear(self) -> None:
