@@ -10,6 +10,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from amskv_kernels import ops
 from amskv_kernels.cli.arguments import command
@@ -62,6 +63,7 @@ def diagnose() -> dict[str, dict[str, str]]:
             "triton": _version("triton"),
             "numpy": _version("numpy"),
             "libamskv.so": _library(),
+            "process groups": _groups(),
         },
         "devices": devices,
         "backends": backends,
@@ -90,6 +92,12 @@ def _library() -> str:
         return f"{sets}; {reason.removeprefix('libamskv.so was ')}"
     built = library.build_info()
     return f"{sets}; built with CUDA {built['cuda']} for {built['architectures']}"
+
+
+def _groups() -> str:
+    """What sharded models may speak over."""
+    known = ("gloo", "nccl", "mpi", "xccl") if dist.is_available() else ()
+    return ", ".join(name for name in known if dist.is_backend_available(name)) or "none: this torch has no distributed"
 
 
 def _version(package: str) -> str:

@@ -36,7 +36,8 @@ class Drawn(NamedTuple):
 
 @dataclass
 class Subject(ABC):
-    """A model to fit a policy to; its pages hold eight bits where `eight_bit`, else its own dtype."""
+    """A model to fit a policy to, of a sharded one this process's heads; its pages hold eight bits where `eight_bit`,
+    else its own dtype."""
 
     shape: ModelShape
     dtype: torch.dtype
@@ -96,7 +97,7 @@ class Checkpoint(Subject):
     ) -> Checkpoint:  # fmt: skip
         """The subject that a loaded checkpoint is."""
         config = var.config
-        shape = ModelShape(name, config.depth, config.num_heads, config.num_heads, config.head_dim, config.schedule)
+        shape = ModelShape(name, config.depth, var.kv_heads, var.kv_heads, config.head_dim, config.schedule)
         weight = var.word_embed.weight
         return cls(shape, weight.dtype, weight.device, var, vae, sampling, labels)
 
@@ -139,7 +140,7 @@ class RandomStack(Subject):
     def of(cls, stack: InfinityStack, schedule: ScaleSchedule, text: Text | None = None) -> RandomStack:
         """The subject that a stack is on a schedule."""
         config, weight = stack.config, stack.word_embed.weight
-        shape = ModelShape("infinity-stack", config.layers, config.heads, config.heads, config.head_dim, schedule)
+        shape = ModelShape("infinity-stack", config.layers, stack.kv_heads, stack.kv_heads, config.head_dim, schedule)
         return cls(shape, weight.dtype, weight.device, stack, text)
 
     @property

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import signal
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amskv_kernels.arguments import shown
 from amskv_kernels.cli.arguments import command, memory, whole
+from amskv_kernels.cli.processes import each_of, is_first, processes
 from amskv_kernels.cli.subjects import DIGIT_NAMES, add_sampling, add_var, subject_of
 from amskv_kernels.planning.memory import MIB
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from amskv_kernels.cli.drawing import Subject
+    from amskv_kernels.serving import Engine
 
 AT_ONCE = 8  # images whose widest steps fit the pool together, where no memory is given
 WAITING = 256  # images
@@ -26,6 +32,7 @@ EPILOG = """\
 for example:
   amskv serve                                      the digits of this project, in a clone of it
   amskv serve --var var_d16.pth --vae vae_ch160v4096z32.pth --policy ams-kv:75 --memory 16GiB --classes imagenet.txt
+  torchrun --standalone --nproc-per-node 2 -m amskv_kernels serve …      a model that one GPU does not hold, on two
 
 then:
   curl -s localhost:8000/v1/images/generations -H 'Content-Type: application/json' -d '{"prompt": "7"}'
@@ -39,7 +46,9 @@ def add(commands: Any) -> None:
     add_var(serve)
     add_sampling(serve)
     serve.add_argument("--policy", default="full", help="as `amskv plan` takes it, such as ams-kv:75 (default full)")
-    serve.add_argument("--memory", type=memory, help=f"for pages, such as 8GiB (default: {AT_ONCE} images at once)")
+    serve.add_argument(
+        "--memory", type=memory, help=f"for pages, such as 8GiB of each process (default: {AT_ONCE} images at once)"
+    )
     serve.add_argument("--classes", metavar="FILE", help="names for prompts, a line per class, several by commas")
     serve.add_argument("--queue", type=whole(0), default=WAITING, help=f"images that may wait (default {WAITING})")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine)")
@@ -53,16 +62,25 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until a signal says to stop."""
+    """Serve until a signal says to stop; started by torchrun, in several processes, of which the first answers."""
+    with processes(arguments.device) as mesh:
+        return _serve(arguments, mesh) if is_first(mesh) else _follow(arguments, mesh)
+
+
+def _serve(arguments: argparse.Namespace, mesh: DeviceMesh | None) -> int:
     try:
         import uvicorn
     except ImportError as error:
         raise RuntimeError(
             f"{error.name} is not installed; serving needs pip install 'amskv_kernels[serve]'"
         ) from error
+    from amskv_kernels.serving import ShardedEngine
+
     listening = _listen(arguments.host, arguments.port)
     try:
-        app = _app(arguments)
+        subject = subject_of(arguments, mesh)
+        engine = _engine(arguments, subject, mesh)
+        app = _app(arguments, subject, engine, mesh)
     except BaseException:
         listening.close()
         raise
@@ -74,7 +92,24 @@ def run(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     host, port = listening.getsockname()[:2]
     print(f"listening http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    uvicorn.Server(config).run(sockets=[listening])
+    server = uvicorn.Server(config)
+    if isinstance(engine, ShardedEngine):
+        engine.when_lost = lambda: setattr(server, "should_exit", True)
+    server.run(sockets=[listening])
+    if isinstance(engine, ShardedEngine) and engine.lost is not None:
+        raise RuntimeError(f"the processes of the sharded model are no longer at one: {engine.lost}")
+    return 0
+
+
+def _follow(arguments: argparse.Namespace, mesh: DeviceMesh | None) -> int:
+    """In another process than the first, which ends it: signals are the first one's to obey."""
+    from amskv_kernels.serving import ShardedEngine
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    engine = _engine(arguments, subject_of(arguments, mesh), mesh)
+    assert isinstance(engine, ShardedEngine)
+    engine.follow()
     return 0
 
 
@@ -88,23 +123,29 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ValueError(f"--host {shown(host)} --port {port} cannot be listened at: {error}") from error
 
 
-def _app(arguments: argparse.Namespace) -> FastAPI:
+def _engine(arguments: argparse.Namespace, subject: Subject, mesh: DeviceMesh | None) -> Engine:
     import torch
 
     from amskv_kernels.cli.drawing import Checkpoint
     from amskv_kernels.policies import parse_policy
-    from amskv_kernels.serving import Engine
-    from amskv_kernels.serving.web import EngineSource, Served, create_app
+    from amskv_kernels.serving import Engine, ShardedEngine
 
-    key = None if arguments.key_file is None else _key(arguments.key_file)
-    subject = subject_of(arguments)
     assert isinstance(subject, Checkpoint)
     policy = parse_policy(arguments.policy, subject.shape.schedule, subject.shape.layers)
     bytes_of_pool = arguments.memory or round(AT_ONCE * subject.image_bytes(subject.plan(policy)))
-    engine = Engine(
+    kind = Engine if mesh is None else ShardedEngine
+    return kind(
         subject.var, subject.vae, policy, memory=bytes_of_pool, max_waiting=arguments.queue,
         dtype=torch.int8 if subject.eight_bit else None,
     )  # fmt: skip
+
+
+def _app(arguments: argparse.Namespace, subject: Subject, engine: Engine, mesh: DeviceMesh | None) -> FastAPI:
+    from amskv_kernels.cli.drawing import Checkpoint
+    from amskv_kernels.serving.web import EngineSource, Served, create_app
+
+    assert isinstance(subject, Checkpoint)
+    key = None if arguments.key_file is None else _key(arguments.key_file)
     names: tuple[str, ...] = DIGIT_NAMES if subject.shape.name == "digits" else ()
     if arguments.classes is not None:
         names = _names(arguments.classes)
@@ -113,7 +154,9 @@ def _app(arguments: argparse.Namespace) -> FastAPI:
     pace = engine.admission.pace
     inside = pace.inside(len(subject.shape.schedule)) / 2
     print(f"model     {served.name}, {served.size}, {served.classes} classes, under {arguments.policy}")
-    print(f"pool      {engine.pool.nbytes / MIB:.2f} MiB, {inside:.1f} images with guidance inside at once")
+    print(
+        f"pool      {engine.pool.nbytes / MIB:.2f} MiB, {inside:.1f} images with guidance inside at once{each_of(mesh)}"
+    )
     return create_app(served, EngineSource(engine), key=key)
 
 

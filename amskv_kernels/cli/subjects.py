@@ -11,6 +11,7 @@ from amskv_kernels.cli.arguments import default_device, device, seed, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed.device_mesh import DeviceMesh
 
     from amskv_kernels.cli.drawing import Subject
     from amskv_kernels.models.infinity import Text
@@ -69,24 +70,25 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, help="0 for no limit (default 0.96; digits 0.95)")
 
 
-def subject_of(arguments: argparse.Namespace) -> Subject:
-    """The model that the arguments name.
+def subject_of(arguments: argparse.Namespace, mesh: DeviceMesh | None = None) -> Subject:
+    """The model that the arguments name; sharded over the processes of a mesh, where one is given.
 
     Raises:
-        ValueError: they name none, or do not go together.
+        ValueError: they name none, or do not go together; heads that the processes do not divide.
     """
-    subject = _subject(arguments)
+    subject = _subject(arguments, mesh)
     subject.eight_bit = getattr(arguments, "pages", "model") == "int8"
     return subject
 
 
-def _subject(arguments: argparse.Namespace) -> Subject:
-    where = arguments.device or default_device()
+def _subject(arguments: argparse.Namespace, mesh: DeviceMesh | None) -> Subject:
+    # A model to shard is read on the CPU: no GPU may hold it all.
+    where = "cpu" if mesh is not None else arguments.device or default_device()
     family = getattr(arguments, "family", None)
     if arguments.stack is not None and family == "var":
         raise ValueError("--stack is of --family infinity; a VAR is a checkpoint's")
     if arguments.stack is not None or family == "infinity":
-        return _stack(arguments, where)
+        return _stack(arguments, where, mesh)
     from amskv_kernels.cli.drawing import Checkpoint
     from amskv_kernels.models import checkpoint
 
@@ -97,6 +99,11 @@ def _subject(arguments: argparse.Namespace) -> Subject:
     files, name = _files(arguments)
     digits = files[0].resolve().parent == DIGITS.resolve()
     var, vae = checkpoint.load(*files, arguments.model, where)
+    if mesh is not None:
+        from amskv_kernels.models.tensor_parallel import shard
+
+        shard(var, mesh)
+        vae.to(mesh.device_type)
     sampling = dict(DIGITS_SAMPLING if digits else SAMPLING)
     sampling |= {key: own for key in sampling if (own := getattr(arguments, key, None)) is not None}
     if getattr(arguments, "top_k", None) is None:
@@ -137,7 +144,7 @@ def _labels(text: str | None, num_classes: int) -> Tensor | None:
     return torch.tensor(labels)
 
 
-def _stack(arguments: argparse.Namespace, where: str) -> Subject:
+def _stack(arguments: argparse.Namespace, where: str, mesh: DeviceMesh | None) -> Subject:
     import torch
 
     from amskv_kernels.cli.drawing import RandomStack
@@ -157,6 +164,10 @@ def _stack(arguments: argparse.Namespace, where: str) -> Subject:
     layers, width, heads = map(int, sizes.split(","))
     torch.manual_seed(arguments.seed)
     stack = InfinityStack(InfinityConfig(layers, width, heads, chunks=1)).to(where).eval().requires_grad_(False)
+    if mesh is not None:
+        from amskv_kernels.models.tensor_parallel import shard
+
+        shard(stack, mesh)
     prompts = getattr(arguments, "prompt_features", None)
     return RandomStack.of(stack, schedule, None if prompts is None else _features(prompts, width))
 

@@ -241,6 +241,11 @@ class InfinityStack(nn.Module):
         self.word_embed = nn.Linear(config.code_width, config.width)
         self.head = nn.Linear(config.width, config.code_width)
 
+    @property
+    def kv_heads(self) -> int:
+        """Heads of this process: all of them, unless the model is sharded."""
+        return self.unregistered_blocks[0].sa.num_heads
+
     @torch.no_grad()
     def generate(
         self, text: Text, schedule: ScaleSchedule, progress: Callable[[int, int], None] | None = None

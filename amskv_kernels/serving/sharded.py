@@ -6,7 +6,7 @@ same pages to give, the same generators, and in the model's layers the same sums
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from typing import ClassVar, NamedTuple
 
@@ -43,6 +43,11 @@ class ShardedEngine(Engine):
 
     Where a process dies or a tick fails, the processes cannot go on together: all images fail, and so does `follow`.
 
+    Attributes:
+        first: whether this is the process that takes requests.
+        lost: what failed; None while all is well.
+        when_lost: called then, in the engine's thread.
+
     Args:
         memory: bytes for the pages of each process.
         Everything else as of `Engine`.
@@ -71,6 +76,8 @@ class ShardedEngine(Engine):
             page_size=page_size,
         )  # fmt: skip
         self.first = mesh.get_local_rank() == 0
+        self.lost: Exception | None = None
+        self.when_lost: Callable[[], None] | None = None
         self._over = False
         self._words = dist.new_group(  # on the CPU: a word waits for no device
             mesh.mesh.tolist(), timedelta(seconds=SILENCE), "gloo", use_local_synchronization=True
@@ -150,11 +157,13 @@ class ShardedEngine(Engine):
 
     def _fail(self, error: Exception) -> None:
         super()._fail(error)
-        self._over = True
+        self.lost, self._over = error, True
         with self._changed:
             self._open, waiting = False, list(self._waiting)
             self._waiting.clear()
         for handle in waiting:
             self._add("failed", handle.finish(error))
+        if self.when_lost is not None:
+            self.when_lost()
         if not self.first:
             raise error
