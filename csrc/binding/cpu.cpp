@@ -151,13 +151,17 @@ std::tuple<Tensor, Tensor> attn_cpu(
     return {out, lse};
 }
 
-// row_starts (N + 1,) ascends from 0 to the packed rows.
-const int32_t* starts_of(const Tensor& row_starts, const Tensor& k) {
+// N, of row_starts (N + 1,).
+int64_t count_of(const Tensor& row_starts, const Tensor& k) {
     check_table("row_starts", row_starts, k);
     if (row_starts.dim() != 1 || row_starts.size(0) < 1)
         refuse("row_starts has shape ", shape_of(row_starts), "; it must be (N + 1,)");
+    return row_starts.size(0) - 1;
+}
+
+// They ascend from 0 to the packed rows.
+const int32_t* starts_of(const Tensor& row_starts, const Tensor& k, int64_t sequences) {
     const auto* const starts = static_cast<const int32_t*>(row_starts.data_ptr());
-    const int64_t sequences = row_starts.size(0) - 1;
     if (starts[0] != 0 || starts[sequences] != k.size(1) || !std::is_sorted(starts, starts + sequences + 1))
         refuse("row_starts must ascend from 0 to the ", k.size(1), " rows of q");
     return starts;
@@ -198,10 +202,10 @@ std::tuple<Tensor, Tensor> attn_ragged_cpu(
     Tensor q, Tensor k, Tensor v, Tensor pages, Tensor arena, Tensor read_slots, Tensor write_slots, Tensor row_starts,
     double softmax_scale, std::optional<Tensor> page_scales, std::string instruction_set) {
     check_on_cpu("k", k);
-    const int64_t sequences = row_starts.numel() - 1;
+    const int64_t sequences = count_of(row_starts, k);
     check_attn(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales, Kernel::kCpu, sequences);
     if (q.size(0) != 1) refuse("q has shape ", shape_of(q), "; packed rows must be (1, T, H, D)");
-    const int32_t* const starts = starts_of(row_starts, k);
+    const int32_t* const starts = starts_of(row_starts, k, sequences);
     AttnParams p = params_of(q, k, v, pages, arena, read_slots, write_slots, softmax_scale, page_scales);
     check_tables(p.pool, p.read, p.write, static_cast<int32_t>(sequences), p.kv_heads, {p.tokens, starts});
     if (p.write.count > 0) check_apart(q, k, v, pages, page_scales);
