@@ -1,4 +1,4 @@
-"""Ticks of one mixture: the same calls on the same addresses, so that a graph of one draws the next; nothing is kept."""
+"""Ticks of one mixture: the same calls on the same addresses, so a graph of one draws the next; nothing is kept."""
 
 import pytest
 import torch
