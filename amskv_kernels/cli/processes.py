@@ -49,6 +49,14 @@ def processes(device: str | None) -> Iterator[DeviceMesh | None]:
         dist.destroy_process_group()
 
 
+def check_alone(mesh: DeviceMesh | None) -> None:
+    """Raise ValueError where a command that knows of no others was started in several processes."""
+    import torch.distributed as dist
+
+    if mesh is None and dist.is_available() and dist.is_torchelastic_launched():
+        raise ValueError("this command runs in one process; start it without torchrun")
+
+
 def each_of(mesh: DeviceMesh | None) -> str:
     """What a line about bytes says of several processes."""
     return "" if mesh is None else f" in each of {mesh.size()} processes"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amskv_kernels.cli.arguments import default_device, device, seed, whole
+from amskv_kernels.cli.processes import check_alone
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,8 +75,10 @@ def subject_of(arguments: argparse.Namespace, mesh: DeviceMesh | None = None) ->
     """The model that the arguments name; sharded over the processes of a mesh, where one is given.
 
     Raises:
-        ValueError: they name none, or do not go together; heads that the processes do not divide.
+        ValueError: they name none, or do not go together; heads that the processes do not divide; a command of one
+            process in several.
     """
+    check_alone(mesh)
     subject = _subject(arguments, mesh)
     subject.eight_bit = getattr(arguments, "pages", "model") == "int8"
     return subject

@@ -41,7 +41,8 @@ class ShardedEngine(Engine):
             else:
                 engine.follow()
 
-    Where a process dies or a tick fails, the processes cannot go on together: all images fail, and so does `follow`.
+    The first process ticks at least every two minutes, as its thread does; else the others take it for dead. Where a
+    process dies or a tick fails, the processes cannot go on together: all images fail, and so does `follow`.
 
     Attributes:
         first: whether this is the process that takes requests.

@@ -70,6 +70,12 @@ def test_every_process_takes_a_gpu_of_its_own(two_ranks):
         assert said.startswith("--device is cuda:0; among several processes each takes a GPU of its own")
 
 
+def test_other_commands_run_in_one_process(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "as torchrun says")
+    assert main(["evaluate", "--images", "1", "--device", "cpu", "--out", str(tmp_path)]) == 2
+    assert "this command runs in one process; start it without torchrun" in capsys.readouterr().err
+
+
 def test_one_process_is_no_group():
     with processes("cpu") as mesh:
         assert mesh is None

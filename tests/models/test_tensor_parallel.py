@@ -132,8 +132,13 @@ def test_infinity_draws_the_same(two_ranks, policy):
         assert 2 * nbytes == whole
 
 
-def public_image(mesh, policy):
-    model = seeded(lambda: public_var.VAR(heads=HEADS).eval())
+def public_image(mesh, policy, repository):
+    if repository is None:
+        model = seeded(lambda: public_var.VAR(heads=HEADS).eval())
+    else:
+        from test_var import _public_class
+
+        model = seeded(lambda: _public_class(repository))
     if mesh is not None:
         shard(model, mesh)
     with patch(model, policy) as patched:
@@ -141,9 +146,11 @@ def public_image(mesh, policy):
 
 
 @pytest.mark.parametrize("policy", [Full(), AMSKV(condensed=0, local=1, demanding_layers=(1,))], ids=str)
-def test_the_public_class_draws_the_same_once_patched(two_ranks, policy):
-    expected, whole = public_image(None, policy)
-    for found, nbytes in two_ranks.run(public_image, policy):
+@pytest.mark.parametrize("source", ["stand-in", "public class"])
+def test_the_public_class_draws_the_same_once_patched(two_ranks, clone, policy, source):
+    repository = str(clone("VAR")) if source == "public class" else None
+    expected, whole = public_image(None, policy, repository)
+    for found, nbytes in two_ranks.run(public_image, policy, repository):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
         assert 2 * nbytes == whole
 

@@ -140,7 +140,8 @@ def drawn_by_the_first_alone(mesh):
 def one_dies(mesh, victim):
     """In the middle of an image, while others wait."""
     var, vae = model()
-    served = ShardedEngine(shard(var, mesh), vae, "full", memory=MEMORY, max_images=1)
+    served, told = ShardedEngine(shard(var, mesh), vae, "full", memory=MEMORY, max_images=1), []
+    served.when_lost = lambda: told.append(str(served.lost))
     if mesh.get_local_rank() == victim:
         var.head.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     if not served.first:
@@ -156,7 +157,7 @@ def one_dies(mesh, victim):
     with pytest.raises(ClosedError):
         served.submit(0, **SAMPLING)
     served.close()
-    return said, served.load.failed, served.pool.used
+    return said, told, served.load.failed, served.pool.used
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -169,7 +170,7 @@ def test_a_process_that_dies_leaves_no_other_hanging(victim):
         if victim == 0:
             assert isinstance(found[1], RuntimeError)
         else:
-            said, failed, used = found[0]
-            assert said == [said[0]] * 3 and failed == 3 and used == 0
+            said, told, failed, used = found[0]
+            assert said == told * 3 and failed == 3 and used == 0
     finally:
         ranks.close()
