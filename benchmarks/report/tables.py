@@ -181,10 +181,11 @@ def serving(result: Result, style: str) -> str:
     for row in rows(result, "serving"):
         case = (f"{row['model']}, {row['policy']}", f"{row['pool_mib']:.0f}", f"{row['load']:g}×")
         for name, one in row["servers"].items():
-            figures = (f"{one['images_s']:.3g}", f"{one['p50_s']:.2f}", f"{one['p99_s']:.2f}", f"{one['inside']:.1f}")
+            figures = (f"{one['images_s']:.3g}", f"{one['p50_s']:.2f}", f"{one['p99_s']:.2f}")
+            figures += (f"{one['inside']:.1f}", f"{one['pool_share']:.0%}")
             lines.append((*case, name, *figures))
             case = ("", "", "")
-    headers = ("model", "pool MiB", "load", "server", "images / s", "p50 s", "p99 s", "images at once")
+    headers = ("model", "pool MiB", "load", "server", "images / s", "p50 s", "p99 s", "images at once", "pool in use")
     return table(lines, headers, style, 4)
 
 

@@ -65,15 +65,15 @@ class Painter:
         """Classes, all different as far as they go."""
         return torch.arange(images, device=self.device) % self.var.config.num_classes
 
-    def draw(self, attention: Any, labels: Tensor) -> Tensor:
+    def draw(self, attention: Any, labels: Tensor, progress: Callable[[int, int], None] | None = None) -> Tensor:
         """Images (B, 3, H, W); the cache starts empty."""
         attention.reset()
-        return self.var.generate(self.vae, labels, attention, **self.sampling).images
+        return self.var.generate(self.vae, labels, attention, progress=progress, **self.sampling).images
 
 
 def random_painter(
     model: str, device: str, dtype: torch.dtype = torch.bfloat16, config: VARConfig | None = None,
-    vae_config: VQVAEConfig | None = None,
+    vae_config: VQVAEConfig | None = None, decoded_at_once: int = DECODED_AT_ONCE,
 ) -> Painter:  # fmt: skip
     """A released model's shapes with random weights; the decoder in 16 bit, as autocast would run it."""
     config = config or VARConfig.named(model)
@@ -88,7 +88,7 @@ def random_painter(
         part.to(dtype)
     vae.post_quant_conv.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(dtype),))
     decode = vae.decode
-    vae.decode = lambda fhat: torch.cat([decode(part) for part in fhat.split(DECODED_AT_ONCE)])  # type: ignore[method-assign]
+    vae.decode = lambda fhat: torch.cat([decode(part) for part in fhat.split(decoded_at_once)])  # type: ignore[method-assign]
     return Painter(var, vae, dtype, device)
 
 

@@ -39,9 +39,9 @@ class Setting:
 
 
 DIGITS_SETTINGS = tuple(
-    Setting("digits", policy, together, 60, LOADS) for policy, together in (("full", 2), ("full", 8), ("ams-kv:75", 2))
+    Setting("digits", policy, together, 48, LOADS) for policy, together in (("full", 2), ("full", 8), ("ams-kv:75", 2))
 )
-SETTINGS = (*DIGITS_SETTINGS, Setting("var-d16", "full", 1, 6, (1.5,)))
+SETTINGS = (*DIGITS_SETTINGS, Setting("var-d16", "full", 2, 8, (1.5,)))
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Clock:
     now: float = 0.0
     come: int = 0  # of the arrivals
     finished: list[float] = field(default_factory=list)  # in order of arrival
-    inside: list[tuple[float, int]] = field(default_factory=list)  # (seconds, images) of each call
+    calls: list[tuple[float, int, float]] = field(default_factory=list)  # seconds, images, share of the pool in use
 
     def newcomers(self) -> int:
         """How many have come since the last call; where nobody is there, time passes until somebody is."""
@@ -63,13 +63,17 @@ class Clock:
             self.come += 1
         return self.come - before
 
-    def run(self, images: int, call: Callable[[], object]) -> None:
-        """Do some work on so many images."""
-        start = time.perf_counter()
+    def run(self, call: Callable[[], object]) -> None:
+        """Do some work, which notes what it is on."""
+        self._since = start = time.perf_counter()
         call()
-        seconds = time.perf_counter() - start
-        self.now += seconds
-        self.inside.append((seconds, images))
+        self.now += time.perf_counter() - start
+
+    def note(self, images: int, share: float) -> None:
+        """What the work since it began, or since the last note, was on."""
+        now = time.perf_counter()
+        self.calls.append((now - self._since, images, share))
+        self._since = now
 
     def finish(self, images: int) -> None:
         """They are done; nobody passes another."""
@@ -78,12 +82,13 @@ class Clock:
     def row(self) -> Row:
         """What came of it."""
         latency = np.array(self.finished) - np.array(self.arrivals)
-        seconds, images = np.array(self.inside).T
+        seconds, images, shares = np.array(self.calls).T
         return {
             "images_s": len(self.finished) / (self.finished[-1] - self.arrivals[0]),
             "p50_s": float(np.percentile(latency, 50)),
             "p99_s": float(np.percentile(latency, 99)),
             "inside": float((seconds * images).sum() / seconds.sum()),
+            "pool_share": float((seconds * shares).sum() / seconds.sum()),
         }
 
 
@@ -94,20 +99,25 @@ def serve_with_engine(engine: Engine, painter: Painter, clock: Clock) -> None:
         for _ in range(clock.newcomers()):
             engine.submit(clock.come % painter.var.config.num_classes, seed=clock.come, **limits)
         before = engine.load.drawn
-        clock.run(0, engine.tick)
-        clock.inside[-1] = (clock.inside[-1][0], engine.load.active)
+        clock.run(engine.tick)
+        clock.note(engine.load.active, engine.load.used / engine.load.units)
         clock.finish(engine.load.drawn - before)
 
 
-def serve_in_batches(policy: str, most: int, painter: Painter, clock: Clock) -> None:
-    """Whoever waits, `most` at once, from the first scale to the last."""
-    waiting, caches = 0, {}
+def serve_in_batches(policy: str, most: int, units: int, painter: Painter, clock: Clock) -> None:
+    """Whoever waits, `most` at once, from the first scale to the last, in a pool of so many units."""
+    waiting, caches, curve = 0, {}, PlanUnits(painter.plan(policy)).curve
     while len(clock.finished) < len(clock.arrivals):
         waiting += clock.newcomers()
         images = min(waiting, most)
         if images not in caches:
             caches[images] = painter.attention(policy, images)
-        clock.run(images, partial(painter.draw, caches[images], painter.labels(images)))
+
+        def note(steps: int, _: int, images: int = images) -> None:
+            clock.note(images, PAIR * images * int(curve[steps - 1]) / units)
+
+        clock.run(partial(painter.draw, caches[images], painter.labels(images), note))
+        note(len(curve), 0)  # decoding
         clock.finish(images)
         waiting -= images
 
@@ -147,8 +157,8 @@ def serving_row(painter: Painter, setting: Setting, load: float, rate: float) ->
     )
     ways = {
         ENGINE: partial(serve_with_engine, engine),
-        LOCKSTEP: partial(serve_in_batches, setting.policy, setting.together),
-        SINGLE: partial(serve_in_batches, setting.policy, 1),
+        LOCKSTEP: partial(serve_in_batches, setting.policy, setting.together, engine.pool.units),
+        SINGLE: partial(serve_in_batches, setting.policy, 1, engine.pool.units),
     }
     servers = {}
     for name, serve in ways.items():
@@ -169,8 +179,10 @@ def tasks(context: Context) -> Iterator[Task]:
         context.absent["digits"] = "the example's weights are not there"
         return
     painters: dict[str, Callable[[], Painter]] = {
-        "digits": digits_painter, "var-d16": partial(random_painter, "var-d16", "cpu", torch.bfloat16),
-    }  # fmt: skip
+        "digits": digits_painter,
+        # several at once in its decoder take longer each, as their maps leave the caches
+        "var-d16": partial(random_painter, "var-d16", "cpu", torch.bfloat16, decoded_at_once=1),
+    }
     for setting in DIGITS_SETTINGS[:1] if context.quick else SETTINGS:
         rates: dict[str, float] = {}
         for load in setting.loads[2:3] if context.quick else setting.loads:

@@ -16,20 +16,24 @@ SCHEDULE = ScaleSchedule([(1, 1), (2, 2), (3, 3)])
 def test_the_clock_waits_for_somebody_and_runs_while_there_is_work(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(serving.time, "perf_counter", lambda: now[0])
+    tick = lambda seconds: now.__setitem__(0, now[0] + seconds)  # noqa: E731
     clock = serving.Clock([1.0, 1.5, 9.0])
     assert clock.newcomers() == 1 and clock.now == 1.0
-    clock.run(1, lambda: now.__setitem__(0, now[0] + 2.0))
+    clock.run(lambda: (tick(0.5), clock.note(1, 0.2), tick(1.5), clock.note(1, 0.6)))
     clock.finish(1)
     assert clock.newcomers() == 1 and clock.now == 3.0, "one came while the first was drawn"
-    clock.run(1, lambda: now.__setitem__(0, now[0] + 1.0))
+    clock.run(lambda: tick(1.0))
+    clock.note(1, 0.5)
     clock.finish(1)
     assert clock.newcomers() == 1 and clock.now == 9.0
-    clock.run(2, lambda: now.__setitem__(0, now[0] + 1.0))
+    clock.run(lambda: tick(1.0))
+    clock.note(2, 1.0)
     clock.finish(1)
     assert clock.finished == [3.0, 4.0, 10.0]
     row = clock.row()
     assert row["images_s"] == pytest.approx(3 / 9.0)
     assert row["p50_s"] == pytest.approx(2.0) and row["inside"] == pytest.approx((2 + 1 + 2) / 4)
+    assert row["pool_share"] == pytest.approx((0.5 * 0.2 + 1.5 * 0.6 + 0.5 + 1.0) / 4)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,7 @@ def test_all_servers_draw_all_images_in_the_same_memory(rows):
     for row in rows:
         assert list(row["servers"]) == [serving.ENGINE, serving.LOCKSTEP, serving.SINGLE]
         for one in row["servers"].values():
-            assert one["images_s"] > 0 and 0 < one["p50_s"] <= one["p99_s"]
+            assert one["images_s"] > 0 and 0 < one["p50_s"] <= one["p99_s"] and 0 < one["pool_share"] <= 1
         assert row["servers"][serving.LOCKSTEP]["inside"] <= 2 and row["servers"][serving.SINGLE]["inside"] == 1
         assert row["pool_mib"] > 0
 
