@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -283,11 +283,19 @@ class Quantizer(nn.Module):
 
     def spread(self, scale: int, tokens: Tensor) -> Tensor:
         """What scale `scale` (0-based) adds to the latent: tokens (B, h·w) -> (B, z_channels, H, W), differentiable."""
+        return self.blended(self.phi_of[scale], self.grown(scale, tokens))
+
+    def grown(self, scale: int, tokens: Tensor) -> Tensor:
+        """The codes of a scale's tokens (B, h·w) at the last one's size, (B, z_channels, H, W)."""
         h, w = self.schedule.sizes[scale]
         codes = self.embedding(tokens).transpose(1, 2).reshape(-1, self.z_channels, h, w)
-        if scale < len(self.schedule) - 1:
-            codes = F.interpolate(codes, size=self.schedule.sizes[-1], mode="bicubic")
-        return self.quant_resi.qresi_ls[self.phi_of[scale]](codes)
+        return (
+            codes if scale == len(self.schedule) - 1 else F.interpolate(codes, self.schedule.sizes[-1], mode="bicubic")
+        )
+
+    def blended(self, phi: int, maps: Tensor) -> Tensor:
+        """What φ number `phi` makes of maps that have grown; `phi_of` says which one a scale uses."""
+        return cast(Tensor, self.quant_resi.qresi_ls[phi](maps))
 
     def next_map(self, scale: int, fhat: Tensor) -> Tensor:
         """The latent as scale `scale` reads it: (B, z_channels, H, W) -> (B, h·w, z_channels) by area averaging."""

@@ -6,8 +6,9 @@ and after it, inputs and sampling, is that of `VAR.generate` with each image's o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
 from typing import NamedTuple, cast
 
 import torch
@@ -32,16 +33,17 @@ class RunModulation(NamedTuple):
     """
 
     runs: Sequence[tuple[int, int]]
-    gates: Sequence[Sequence[Tensor]]
-    scales: Sequence[Sequence[Tensor]]
-    shifts: Sequence[Sequence[Tensor]]
+    gates: Sequence[tuple[Tensor, ...]]
+    scales: Sequence[tuple[Tensor, ...]]
+    shifts: Sequence[tuple[Tensor, ...]]
 
     @classmethod
-    def of(cls, found: Tensor, runs: Sequence[tuple[int, int]], parts: int) -> RunModulation:
-        """`found` (gates, scales and shifts, sequences of all runs, C); there are no gates where there is one part."""
-        split = found[:, :, None].split([sequences for sequences, _ in runs], 1)
-        kinds = list(zip(*(own.unbind(0) for own in split), strict=True))
-        return cls(runs, kinds[: -2 * parts], kinds[-2 * parts : -parts], kinds[-parts:])
+    def of(cls, found: Tensor, runs: Sequence[tuple[int, int]], parts: int) -> list[RunModulation]:
+        """`found` (layers, gates, scales and shifts, sequences of all runs, C); no gates where there is one part."""
+        split = found.unsqueeze(3).split([sequences for sequences, _ in runs], 2)
+        kinds = list(zip(*(own.flatten(0, 1).unbind(0) for own in split), strict=True))
+        layers = [kinds[first : first + found.shape[1]] for first in range(0, len(kinds), found.shape[1])]
+        return [cls(runs, own[: -2 * parts], own[-2 * parts : -parts], own[-parts:]) for own in layers]
 
     def norm(self, x: Tensor, part: int) -> Tensor:
         """See `Modulates`."""
@@ -52,14 +54,13 @@ class RunModulation(NamedTuple):
 
     def add(self, x: Tensor, y: Tensor, part: int) -> Tensor:
         """See `Modulates`; x is changed."""
-        for rows, own, gate in zip(self._views(x), self._views(y), self.gates[part], strict=True):
-            rows.addcmul_(own, gate)
+        torch._foreach_addcmul_(self._views(x), self._views(y), self.gates[part])
         return x
 
-    def _views(self, x: Tensor) -> Iterable[Tensor]:
+    def _views(self, x: Tensor) -> list[Tensor]:
         """(sequences, rows, C) of each run."""
         parts = x[0].split([sequences * rows for sequences, rows in self.runs])
-        return (own.view(*run, -1) for own, run in zip(parts, self.runs, strict=True))
+        return [own.view(*run, -1) for own, run in zip(parts, self.runs, strict=True)]
 
 
 class PackedVAR:
@@ -129,20 +130,16 @@ class PackedVAR:
         if groups[0].step == 0:
             parts.append(self._starts[mixture.conditions.device[groups[0].images]].flatten(0, 1))
         if later := [group for group in groups if group.step]:
-            next_map = self.vae.quantize.next_map
-            maps = [next_map(group.step, self.fhat[places[group.images]]).flatten(0, 1) for group in later]
+            next_map, fhat = self.vae.quantize.next_map, self.fhat[places]
+            maps = [next_map(group.step, fhat[group.images]).flatten(0, 1) for group in later]
             parts.append(self.var.embed(_at_least(torch.cat(maps), LEAST_ROWS)))
         return torch.cat(parts)[mixture.source] + self._positions[mixture.position]
 
     def _conditions(self, mixture: Mixture) -> Conditions:
-        """Of every run of packed rows, layer by layer as they are wanted."""
+        """Of every run of packed rows."""
         rows = mixture.conditions.device[: sum(sequences for sequences, _ in mixture.runs)]
-
-        def layers() -> Iterator[RunModulation]:
-            for layer in self._layers:
-                yield RunModulation.of(layer.index_select(1, rows), mixture.runs, 2)
-
-        return Conditions(layers(), RunModulation.of(self._head.index_select(1, rows), mixture.runs, 1))
+        layers = RunModulation.of(self._layers.index_select(2, rows), mixture.runs, 2)
+        return Conditions(layers, RunModulation.of(self._head.index_select(1, rows)[None], mixture.runs, 1)[0])
 
     def _make_noise(self, groups: Sequence[Group], generators: Sequence[torch.Generator | None]) -> None:
         """Each image's own: what `torch.multinomial` would take from its generator."""
@@ -170,10 +167,12 @@ class PackedVAR:
     def _keep(self, groups: Sequence[Group], mixture: Mixture, drawn: Tensor) -> None:
         places, total = mixture.places.device, self.tokens.shape[1]
         self.tokens.view(-1)[places[mixture.image] * total + mixture.position[: len(drawn)]] = drawn
-        for group in groups:
-            tokens = drawn[group.rows].view(-1, group.tokens)
-            added = self.vae.quantize.spread(group.step, _at_least(tokens, LEAST_IMAGES))
-            self.fhat.index_add_(0, places[group.images], added[: len(tokens)])
+        quantize, added = self.vae.quantize, []
+        for phi, alike in groupby(groups, lambda group: quantize.phi_of[group.step]):  # which ascend with the steps
+            grown = [quantize.grown(group.step, drawn[group.rows].view(-1, group.tokens)) for group in alike]
+            maps = torch.cat(grown)
+            added.append(quantize.blended(phi, _at_least(maps, LEAST_IMAGES))[: len(maps)])
+        self.fhat.index_add_(0, places, torch.cat(added))
 
     def decode(self, places: Sequence[int]) -> Tensor:
         """(images, 3, H, W) fp32 in [0, 1] of what these places hold, on the CPU."""
