@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from amskv_kernels.arguments import shown
 from amskv_kernels.models.attention import Attention
+from amskv_kernels.models.checked import CheckedModule
 from amskv_kernels.models.modulation import Conditions, Modulates, Modulation
-from amskv_kernels.models.vqvae import VQVAE, CheckedModule
+from amskv_kernels.models.vqvae import VQVAE
 from amskv_kernels.schedule import ScaleSchedule
 
 _DEPTHS = (16, 20, 24, 30, 36)
