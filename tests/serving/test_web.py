@@ -1,5 +1,7 @@
 """The endpoint: images as the engine draws them, streams, every wrong field by its name, clients that go away."""
 
+import asyncio
+import contextlib
 import json
 import socket
 import sys
@@ -307,6 +309,29 @@ def test_a_client_that_goes_away_frees_its_pages(monkeypatch, stream):
         gone.append(True)
         until(lambda: drawer.pool.used == 0)
         assert drawer.load.cancelled == 1 and drawer.load.drawn == 0
+
+
+@pytest.mark.parametrize("version", ["2.0", "2.4"])  # of ASGI: with the later one, a send tells that nobody is there
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_is_gone_before_the_first_step_leaves_nothing(stream, version):
+    drawer = engine()  # at rest: what is asked for waits
+    body = json.dumps({"prompt": "1", "n": 3, "stream": stream}).encode()
+    heard = [{"type": "http.request", "body": body}]
+
+    async def receive():
+        return heard.pop(0) if heard else {"type": "http.disconnect"}
+
+    async def send(message):
+        raise OSError("nobody is there")
+
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    scope = {
+        "type": "http", "asgi": {"version": "3.0", "spec_version": version}, "method": "POST", "path": GENERATE,
+        "raw_path": GENERATE.encode(), "root_path": "", "query_string": b"", "headers": headers, "scheme": "http",
+    }  # fmt: skip
+    with contextlib.suppress(Exception):
+        asyncio.run(web.app(drawer)(scope, receive, send))
+    assert drawer.load.waiting == 0 and drawer.load.cancelled == 3
 
 
 def test_stopping_finishes_what_is_asked():

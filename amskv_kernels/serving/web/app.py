@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, StreamingResponse
 from PIL import Image as Pictures
+from starlette.types import Receive, Scope, Send
 from torch import Tensor
 
 from amskv_kernels.arguments import shown
@@ -85,6 +86,23 @@ def create_app(served: Served, source: Source, *, key: str | None = None) -> Fas
     return app
 
 
+class DrawingResponse(StreamingResponse):
+    """Server-sent events of drawings, which are given up however it ends: a client may go away before the first event
+    is asked for, and then nothing of what makes the events ever runs."""
+
+    def __init__(self, events: AsyncIterator[str], drawings: Sequence[Drawing]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._drawings = drawings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send them."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for drawing in self._drawings:
+                drawing.cancel()
+
+
 class Endpoint:
     """The routes."""
 
@@ -121,7 +139,7 @@ class Endpoint:
         drawings = await self._begin(asked)
         if body.stream:
             events = self._events(drawings, asked, start)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+            return DrawingResponse(events, drawings)
         try:
             drawn = await _unless_gone(request, self._all(drawings, start))
         finally:
@@ -194,7 +212,7 @@ class Endpoint:
     async def _events(
         self, drawings: Sequence[Drawing], asked: Sequence[requests.Request], start: float
     ) -> AsyncIterator[str]:  # fmt: skip
-        """Server-sent events; whoever leaves frees the images' pages."""
+        """Server-sent events."""
         shown_of = [0] * len(drawings)
         try:
             async for found in _merged(drawings, SIGN_OF_LIFE):
@@ -218,9 +236,6 @@ class Endpoint:
         except Exception as error:
             _log.exception("a stream broke off")
             yield f"event: error\ndata: {_refusal(error).body.model_dump_json()}\n\n"
-        finally:
-            for drawing in drawings:
-                drawing.cancel()
 
 
 async def _merged(drawings: Sequence[Drawing], silence: float) -> AsyncIterator[tuple[int, Event] | None]:
