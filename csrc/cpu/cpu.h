@@ -49,7 +49,7 @@ struct alignas(64) Scratch {
     Tile tiles[kMostTiles];
     float scores[(kBlock + kPastEnd) * kTile];  // [key][row]
     float largest[kTile], decay[kTile + kPastEnd];
-    float key_copies[kBlock * kMostHeadDim], value_copies[kBlock * kMostHeadDim];
+    alignas(64) float key_copies[kBlock * kMostHeadDim], value_copies[kBlock * kMostHeadDim];
     const float* keys[kBlock + kPastEnd];
     const float* values[kBlock];
     // In bf16: [key][d], [d][key], [key][row], [pair of keys][row]; of int8 pages V as it lies and a block's scales.

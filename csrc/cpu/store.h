@@ -12,9 +12,9 @@ template <typename T>
 float largest_of(const T* row, int head_dim) {
     Bits most = {};  // as bits, NaN is above infinity, and that above all others
     for (int d = 0; d < head_dim; d += kLanes) most = larger(bits_of(load(row + d)) & 0x7fffffff, most);
-    uint32_t found = 0;
-    for (int i = 0; i < kLanes; ++i) found = most[i] > found ? most[i] : found;
-    return from_bits(Bits{} + found)[0];
+#pragma GCC unroll 4
+    for (int step = kLanes / 2; step > 0; step /= 2) most = larger(bits_of(rotate(from_bits(most), step)), most);
+    return from_bits(most)[0];
 }
 
 // The power of two that takes a number to 2 … 4.
@@ -30,8 +30,8 @@ float quantise(const T* row, int head_dim, int8_t* to) {
         for (int d = 0; d < head_dim; d += kLanes) narrow(to + d, Bits{});
         return most < kLeast ? 0 : __builtin_nanf("");
     }
-    const float scale = most / kLevels, unit = unit_of(most);
-    const Vec divisor = broadcast(scale * unit), inverse = 1 / divisor;
+    const float scale = most / kLevels, unit = unit_of(most), unit_scale = scale * unit;
+    const Vec divisor = broadcast(unit_scale), inverse = broadcast(1 / unit_scale);
     for (int d = 0; d < head_dim; d += kLanes)
         narrow(to + d, bits_of(quotient(load(row + d) * unit, divisor, inverse) + kRound));
     return scale;
