@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from amskv_kernels.cli.arguments import command, memory, output_folder, whole
 from amskv_kernels.cli.comparing import compare, contact_sheet, table
-from amskv_kernels.cli.subjects import add_model, subject_of
+from amskv_kernels.cli.subjects import add_model, add_pages, subject_of
 from amskv_kernels.planning.memory import MIB
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def add(commands: Any) -> None:
     """Add the command to the parser's."""
     fit = command(commands, "fit", "which policy should I use? measure, fit to a memory, draw, compare", EPILOG)
     add_model(fit)
+    add_pages(fit)
     fit.add_argument("--memory", type=memory, help="for the caches of all images at once, such as 8GiB")
     fit.add_argument("--images", type=whole(1), help="images at once that --memory must hold")
     fit.add_argument("--saved", type=percent, help="in place of both: percent of all tokens saved, as AMS-KV counts")

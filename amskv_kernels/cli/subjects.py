@@ -63,12 +63,17 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", metavar="FILE", help="in place of --var and --vae: a trainer's checkpoint, which holds both"
     )
+    add_pages(parser)
+    parser.add_argument("--top-k", type=whole(0), help="0 for no limit (default 900; digits 64)")
+    parser.add_argument("--top-p", type=float, help="0 for no limit (default 0.96; digits 0.95)")
+
+
+def add_pages(parser: argparse.ArgumentParser) -> None:
+    """What the pages hold."""
     parser.add_argument(
         "--pages", choices=("model", "int8"), default="model",
         help="int8: eight bits and a scale per row, in place of the model's own dtype",
     )  # fmt: skip
-    parser.add_argument("--top-k", type=whole(0), help="0 for no limit (default 900; digits 64)")
-    parser.add_argument("--top-p", type=float, help="0 for no limit (default 0.96; digits 0.95)")
 
 
 def subject_of(arguments: argparse.Namespace, mesh: DeviceMesh | None = None) -> Subject:
