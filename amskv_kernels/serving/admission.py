@@ -2,13 +2,12 @@
 
 A request enters at the first tick at which its whole curve fits on top of what is booked, in order of arrival. Requests
 that enter together also reach the widest step together, so that a pool filled at once holds no more than peak × count.
-Entries are therefore *paced*: at most so many sequences within so many ticks as the pool could take for ever. Then
-the wide steps of some fall on the narrow steps of others.
+Entries are therefore *paced*: so many sequences within so many ticks, evenly spread, as the pool could take for ever.
+Then the wide steps of some fall on the narrow steps of others.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from typing import NamedTuple
 
 import numpy as np
@@ -16,10 +15,11 @@ import numpy.typing as npt
 
 Curve = npt.NDArray[np.int64]
 PAIR = 2  # sequences of an image with guidance
+LONGEST = 2  # steps of an image, times this: the longest period of entries that is tried
 
 
 class Pace(NamedTuple):
-    """At most `sequences` enter within any `ticks` ticks."""
+    """`sequences` enter within `ticks` ticks, evenly spread: one no sooner than `ticks / sequences` after another."""
 
     sequences: int
     ticks: int
@@ -32,18 +32,27 @@ class Pace(NamedTuple):
             ValueError: not even one sequence fits.
         """
         least = PAIR if units >= PAIR * curve.max() else 1
-        found = []
-        for ticks in range(1, len(curve) + 1):
-            phases = np.pad(curve, (0, -len(curve) % ticks)).reshape(-1, ticks).sum(0)
-            found.append(cls(units // int(phases.max()) // least * least, ticks))
-        best = max(found, key=lambda pace: (pace.sequences / pace.ticks, -pace.ticks))
-        if not best.sequences:
+        if least * curve.max() > units:
             raise ValueError(f"a sequence holds up to {curve.max()} units; the pool has {units}")
-        return best
+        found = []
+        for ticks in range(1, LONGEST * len(curve) + 1):
+            phases = np.pad(curve, (0, -len(curve) % ticks)).reshape(-1, ticks).sum(0)
+            most = units * ticks // (least * int(curve.sum()))
+            fitting = (count for count in range(most, 0, -1) if least * _fullest(phases, count) <= units)
+            found.append(cls(least * next(fitting, 0), ticks))
+        return max(found, key=lambda pace: (pace.sequences / pace.ticks, -pace.ticks))
 
     def inside(self, steps: int) -> float:
         """Sequences inside at once, on average, while many wait."""
         return self.sequences / self.ticks * steps
+
+
+def _fullest(phases: Curve, count: int) -> int:
+    """Units at the fullest tick of a period, where so many sequences begin within it, evenly spread."""
+    ticks = len(phases)
+    begin = np.bincount(np.arange(count) * ticks // count, minlength=ticks)
+    at = np.arange(ticks)
+    return int((phases[at[:, None] - at] @ begin).max())
 
 
 class Admission:
@@ -65,7 +74,7 @@ class Admission:
     def clear(self) -> None:
         """Nobody is inside."""
         self._booked = np.zeros(len(self.curve), dtype=np.int64)
-        self._entered: deque[int] = deque([0] * self.pace.ticks, maxlen=self.pace.ticks)
+        self._wait = 0  # until the next may begin, in parts of a tick as many as the pace has sequences
 
     @property
     def coming(self) -> Curve:
@@ -83,20 +92,19 @@ class Admission:
     def enter(self, sequences: int) -> bool:
         """Book a request that begins with this tick, if it may."""
         wanted = self._booked + sequences * self.curve
-        if wanted.max() > self.units or sum(self._entered) + sequences > self.pace.sequences:
+        if wanted.max() > self.units or self._wait >= self.pace.sequences:
             return False
         self._booked = wanted
-        self._entered[-1] += sequences
+        self._wait = max(self._wait, 0) + sequences * self.pace.ticks
         return True
 
     def leave(self, sequences: int, step: int) -> None:
         """Cancel the bookings of a request that has finished `step` steps."""
         left = self.curve[step:]
         self._booked[: len(left)] -= sequences * left
-        if step < len(self._entered):
-            self._entered[-1 - step] -= sequences
+        self._wait -= max(sequences * self.pace.ticks - step * self.pace.sequences, 0)  # what others still wait for it
 
     def advance(self) -> None:
         """A tick is over."""
         self._booked = np.append(self._booked[1:], 0)
-        self._entered.append(0)
+        self._wait -= self.pace.sequences

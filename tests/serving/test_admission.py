@@ -19,8 +19,10 @@ def test_the_pace_fits_for_ever(seed):
     units = int(curve.max()) * int(rng.integers(1, 9)) + int(rng.integers(0, 9))
     pace = Pace.of(curve, units)
     load = np.zeros(200, dtype=int)
-    for start in range(0, 150, pace.ticks):
-        load[start : start + len(curve)] += pace.sequences * curve
+    least = 2 if units >= 2 * curve.max() else 1
+    for entry in range(150 * pace.sequences // pace.ticks // least):
+        start = entry * least * pace.ticks // pace.sequences
+        load[start : start + len(curve)] += least * curve
     assert load.max() <= units
     lockstep = units // int(curve.max())  # at once, every len(curve) ticks; in whole pairs where one fits
     assert pace.inside(len(curve)) >= max(lockstep // 2 * 2, 1)
@@ -30,6 +32,24 @@ def test_wide_steps_of_some_fall_on_narrow_ones_of_others():
     pace = Pace.of(RISING, 32)  # lockstep has four inside at once
     assert pace == (2, 2)
     assert pace.inside(len(RISING)) == 6
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_while_many_wait_they_enter_at_that_pace(seed):
+    rng = np.random.default_rng(300 + seed)
+    curve = random_curve(rng)
+    units = int(curve.max()) * int(rng.integers(2, 12)) + int(rng.integers(0, 9))
+    book, entered, ticks = Admission(curve, units), 0, 120
+    for _ in range(ticks):
+        while book.enter(2):
+            entered += 2
+        book.advance()
+    assert entered == -(-ticks * book.pace.sequences // book.pace.ticks // 2) * 2, "none is held up by the pool"
+
+
+def test_evenly_spread_more_fit_than_in_bursts():
+    curve = np.array([8, 8, 16, 24, 40, 56, 88, 95, 99, 88])  # the digits under ams-kv:75
+    assert Pace.of(curve, 4 * 99) == (4, 7), "two images in seven steps; two at once would need eight"
 
 
 def test_a_pair_is_let_in_where_one_fits():

@@ -193,7 +193,7 @@ def test_a_failing_tick_fails_those_inside_alone(monkeypatch):
 
 
 def test_an_image_that_fails_as_it_enters_leaves_the_engine_at_work(monkeypatch):
-    served, failing = engine(), [False, False, True]  # the first of three
+    served, failing = engine(images=1), [False, False, True]  # the first of three
     enter = served._model.enter
     monkeypatch.setattr(served._model, "enter", lambda *given: 1 / 0 if failing.pop() else enter(*given))
     handles = [served.submit(0, seed=i, **SAMPLING) for i in range(3)]
