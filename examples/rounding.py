@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from amskv_kernels.models import ConcatKVCache
-from amskv_kernels.ops.quantise import dequantise, quantise
+from amskv_kernels.ops.quantise import LEVELS, dequantise, quantise
 
 Round = Callable[[Tensor], Tensor]
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a group's range, of which the one of least error is taken
@@ -56,6 +56,16 @@ class Rounded:
 def rows_of_int8(x: Tensor) -> Tensor:
     """As int8 pages hold them."""
     return dequantise(*quantise(x))
+
+
+def rows_of_int8_with(scales: torch.dtype) -> Round:
+    """int8 with a scale of two bytes per row: the largest element of a row is not exact any more."""
+
+    def rounded(x: Tensor) -> Tensor:
+        scale = (x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / LEVELS).to(scales).float()
+        return (x / scale).round().clamp(-LEVELS, LEVELS) * scale
+
+    return rounded
 
 
 def rows_of_fp8(x: Tensor) -> Tensor:
@@ -145,6 +155,10 @@ def four_bits(head_dim: int, tokens_per_scale: float) -> list[Rounding]:
     plain, fine, best = groups(4, 32), groups(4, 16), groups(4, 16, fitted=True)
     found: list[tuple[str, float, Any, Any]] = [
         ("bf16", 16, lambda x: x.bfloat16().float(), lambda x: x.bfloat16().float()),
+        *(
+            (f"int8, scales in {name}", 8 + 16 / head_dim, *[rows_of_int8_with(scales)] * 2)
+            for name, scales in (("fp16", torch.float16), ("bf16", torch.bfloat16))
+        ),
         ("fp8 e4m3, a scale per row", row, rows_of_fp8, rows_of_fp8),
         ("int6 in groups of 32", 6.5, groups(6, 32), groups(6, 32)),
         ("K int8, V int4 in groups of 32", (row + 4.5) / 2, rows_of_int8, plain),

@@ -31,6 +31,15 @@ def test_a_group_comes_back_within_half_a_step(bits, size):
     assert back.unflatten(-1, (-1, size)).flatten(0, 3).sort().values.diff().ne(0).sum(-1).max() < 2**bits
 
 
+@pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16], ids=str)
+def test_scales_of_two_bytes_keep_every_element_within_half_a_step(scales):
+    x = rows()
+    back = rounding.rows_of_int8_with(scales)(x)
+    step = (x.abs().amax(-1, keepdim=True) / 127).to(scales).float()
+    assert ((back - x).abs() <= step * 0.501).all()
+    assert not torch.equal(back, rounding.rows_of_int8(x))
+
+
 def test_a_fitted_scale_is_never_worse_for_its_group():
     x = rows()
     plain, fitted = ((rounding.groups(4, 16, fit)(x) - x).unflatten(-1, (-1, 16)).norm(dim=-1) for fit in (False, True))
@@ -58,6 +67,8 @@ def test_means_and_channels_take_what_all_tokens_share():
 def test_more_bits_are_closer():
     x = rows()
     found = {each.name: rms(x, each.k(x)) + rms(x, each.v(x)) for each in rounding.four_bits(D, 47)}
+    for scales in ("fp16", "bf16"):
+        assert found["bf16"] < found[f"int8, scales in {scales}"] < found["int6 in groups of 32"]
     assert found["bf16"] < found["int6 in groups of 32"] < found["int4 in groups of 16"] < found["int4 in groups of 32"]
     assert found["bf16"] < found["fp8 e4m3, a scale per row"] < found["int4 in groups of 16"]
     assert all(4 < each.bits <= 16 for each in rounding.four_bits(D, 47))
