@@ -67,8 +67,8 @@ def precision_of(model: str) -> str:
         f"The best of what was tried below eight bits is {best['pages']}, {best['psnr_db']:.1f} dB.\n\n"
         f"Policies within a share of stock's bytes, in int8 and in 16 bits:\n\n"
         f"{precision.at_equal_bytes(found, 'github')}\n\nWanted of int8: {wanted}.\n\n"
-        f"{result['images']} {model} per row with guidance, beside the full cache's in fp32, with 95 % confidence intervals; {_cpu(machine)}, torch {machine['torch']} "
-        f"(`{result['path']}`)."
+        f"{result['images']} {model} per row with guidance, beside the full cache's in fp32, with 95 % "
+        f"confidence intervals; {_cpu(machine)}, torch {machine['torch']} (`{result['path']}`)."
     )
 
 
