@@ -62,13 +62,13 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     Raises:
         TypeError: no module of such a layout, or no mesh.
         RuntimeError: no process group.
-        ValueError: a mesh of several dimensions or without this process, a model that is sharded or patched already,
-            or heads or a width that the mesh's processes do not divide.
+        ValueError: a mesh of several dimensions or without this process, a model that is sharded or patched already or
+            another than the first process's, or heads or a width that the mesh's processes do not divide. What one
+            process refuses, all refuse.
     """
     instance_of("model", model, nn.Module)
     _check_mesh(mesh)
-    layers = _layers(model)
-    _check_model(model, layers, mesh.size())
+    layers = _agreed(model, mesh)
     model.requires_grad_(False)
     if mesh.size() == 1:
         model.to(mesh.device_type)
@@ -91,6 +91,30 @@ def _check_mesh(mesh: DeviceMesh) -> None:
         raise ValueError(f"mesh has {mesh.ndim} dimensions; it must have one, such as mesh['tp'] of a larger one")
     if mesh.get_coordinate() is None:
         raise ValueError(f"mesh is of processes {mesh.mesh.tolist()}; this is process {dist.get_rank()}")
+
+
+def _agreed(model: nn.Module, mesh: DeviceMesh) -> dict[str, Any]:
+    """A model's layers, once every process has found that it can be sharded and is the same: all refuse, or none."""
+    layers: dict[str, Any] = {}
+    found: object
+    try:
+        layers = _layers(model)
+        _check_model(model, layers, mesh.size())
+        found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
+    except (TypeError, ValueError) as error:
+        found = error
+    all_found: list[Any] = [found] * mesh.size()
+    if mesh.size() > 1:
+        dist.all_gather_object(all_found, found, group=mesh.get_group())
+    for number, each in enumerate(all_found):
+        if isinstance(each, Exception):
+            raise each
+        if each != all_found[0]:
+            names = sorted(
+                name for name in each.keys() | all_found[0].keys() if each.get(name) != all_found[0].get(name)
+            )
+            raise ValueError(f"process {number} brings another model than the first: they differ in {names[0]}")
+    return layers
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:

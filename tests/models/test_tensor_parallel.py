@@ -1,6 +1,7 @@
 """Tensor parallelism: two processes draw what one draws, each with half the weights of a layer and half the pages."""
 
 import contextlib
+import copy
 
 import public_var
 import pytest
@@ -10,6 +11,7 @@ from small_engines import Unlike
 from small_models import OBLONG, SQUARE, pair
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from amskv_kernels import AMSKV, Full, PagedKVCache, ScaleSchedule, patch
 from amskv_kernels.models.infinity import InfinityConfig, InfinityStack
@@ -211,6 +213,41 @@ def every_refusal(mesh):
     said["online"] = refused(patch, public, AMSKV.with_capacity(20, 30), online=True, theta=0.5)
     said["outside"] = refused(shard, fresh(), alone) if rank else f"{ranks_of(shard(fresh(), alone))} process"
     return said
+
+
+def refused_by_one(mesh, changes):
+    var, _ = seeded(lambda: pair(SQUARE, **SIZES | (changes if mesh.get_local_rank() else {})))
+    return refused(shard, var, mesh), ranks_of(var)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_heads": 1}, "model.blocks[0].attn has 1 heads; 2 processes must divide them"),
+        ({"depth": 3}, "process 1 brings another model than the first: they differ in blocks.2."),
+        ({"vocab_size": 41}, "process 1 brings another model than the first: they differ in head.bias"),
+    ],
+    ids=["heads", "depth", "vocabulary"],
+)
+def test_what_one_process_refuses_all_refuse(two_ranks, changes, words):
+    for said, ranks in two_ranks.run(refused_by_one, changes):
+        assert said.startswith("ValueError: ") and words in said and ranks == 1
+
+
+def tokens_of_a_copy(mesh):
+    var, vae = seeded(lambda: pair(SQUARE, **SIZES))
+    shard(var, mesh)
+    copied = copy.deepcopy(var)
+    for parameter in copied.parameters():
+        if isinstance(parameter, DTensor):
+            parameter.to_local().zero_()
+    return [draw(each, vae, "full", var.kv_heads)[0].tokens for each in (var, copied)]
+
+
+def test_a_copy_runs_its_own_weights(two_ranks):
+    expected, _ = draw(*seeded(lambda: pair(SQUARE, **SIZES)), "full", HEADS)
+    for own, copied in two_ranks.run(tokens_of_a_copy):
+        assert torch.equal(own, expected.tokens) and not torch.equal(copied, own)
 
 
 def test_wrong_uses_are_named(two_ranks):

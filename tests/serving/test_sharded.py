@@ -4,9 +4,11 @@ import os
 import random
 import signal
 import time
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import Ranks
 from small_engines import SAMPLING, SCHEDULE, Unlike
 from small_models import pair
@@ -135,6 +137,22 @@ def drawn_by_the_first_alone(mesh):
     var, vae = model()
     with ShardedEngine(shard(var, alone), vae, Unlike(), memory=MEMORY) as served:
         return served.submit(2, seed=5, **SAMPLING).result(100).tokens
+
+
+def one_says_nothing(mesh):
+    var, vae = model()
+    served, said = ShardedEngine(shard(var, mesh), vae, "full", memory=MEMORY), None
+    if not served.first:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), served._words)
+        with pytest.raises(RuntimeError) as failed:
+            served.follow()
+        said = str(failed.value)
+    dist.barrier()
+    return said
+
+
+def test_a_process_that_says_nothing_is_taken_for_dead(two_ranks):
+    assert "imed out" in two_ranks.run(one_says_nothing)[1]
 
 
 def one_dies(mesh, victim):
