@@ -7,7 +7,6 @@ same pages to give, the same generators, and in the model's layers the same sums
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from datetime import timedelta
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -21,7 +20,8 @@ from amskv_kernels.policies.base import check_ranks
 from amskv_kernels.serving.engine import Engine
 from amskv_kernels.serving.requests import CancelledError, Handle, Listener, Request
 
-SILENCE = 120.0  # seconds without a word after which the first process is taken for dead
+BEAT = 30.0  # seconds of idleness after which the first process says that it is there
+CPU = torch.device("cpu")  # a word between ticks waits for no GPU
 
 
 class Orders(NamedTuple):
@@ -41,8 +41,8 @@ class ShardedEngine(Engine):
             else:
                 engine.follow()
 
-    The first process ticks at least every two minutes, as its thread does; else the others take it for dead. Where a
-    process dies or a tick fails, the processes cannot go on together: all images fail, and so does `follow`.
+    The first process ticks more often than the process group's timeout, as its thread does; else the others take it for
+    dead. Where a process dies or a tick fails, they cannot go on together: all images fail, and so does `follow`.
 
     Attributes:
         first: whether this is the process that takes requests.
@@ -55,11 +55,12 @@ class ShardedEngine(Engine):
 
     Raises:
         TypeError: what `Engine` raises.
-        ValueError: a model that is not sharded, a policy that tells heads apart, what `Engine` raises.
+        ValueError: a model that is not sharded, a policy that tells heads apart, a process group without the CPU, what
+            `Engine` raises.
     """
 
     sharded: ClassVar[bool] = True
-    beat: ClassVar[float | None] = SILENCE / 4
+    beat: ClassVar[float | None] = BEAT
 
     def __init__(
         self, var: VAR, vae: VQVAE, policy: str | Policy, *, memory: int, max_images: int | None = None,
@@ -72,6 +73,12 @@ class ShardedEngine(Engine):
         if isinstance(policy, str):
             policy = parse_policy(policy, var.config.schedule, var.config.depth)
         check_ranks(policy, mesh.size())
+        backends = str(dist.get_backend_config(mesh.get_group()))
+        if "cpu:" not in backends:
+            raise ValueError(
+                f"var's mesh speaks over {backends}; an engine's words go over the CPU: let it be made by "
+                "torch.distributed.init_process_group('cpu:gloo,cuda:nccl')"
+            )
         super().__init__(
             var, vae, policy, memory=memory, max_images=max_images, max_waiting=max_waiting, dtype=dtype,
             page_size=page_size,
@@ -80,9 +87,7 @@ class ShardedEngine(Engine):
         self.lost: Exception | None = None
         self.when_lost: Callable[[], None] | None = None
         self._over = False
-        self._words = dist.new_group(  # on the CPU: a word waits for no device
-            mesh.mesh.tolist(), timedelta(seconds=SILENCE), "gloo", use_local_synchronization=True
-        )  # fmt: skip
+        self._words = mesh.get_group()
 
     def submit(
         self, label: int, *, seed: int = 0, guidance: float = 1.5, top_k: int = 900, top_p: float = 0.96,
@@ -142,12 +147,12 @@ class ShardedEngine(Engine):
         self._enter(entered)
 
     def _say(self, orders: Orders) -> None:
-        dist.broadcast_object_list([orders], group=self._words, group_src=0)
+        dist.broadcast_object_list([orders], group=self._words, group_src=0, device=CPU)
 
     def _obey(self) -> None:
         """Those that left or entered in the first process shall do so here."""
         heard = [Orders()]
-        dist.broadcast_object_list(heard, group=self._words, group_src=0)
+        dist.broadcast_object_list(heard, group=self._words, group_src=0, device=CPU)
         orders = heard[0]
         for place in orders.left:
             handle = self._inside[place]

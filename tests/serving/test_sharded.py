@@ -99,6 +99,10 @@ def refusals(mesh):
         with pytest.raises(ValueError) as refused:
             make()
         said[name] = str(refused.value)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(ValueError) as refused:
+        patched.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+        ShardedEngine(var, vae, "full", memory=MEMORY)
+    said["backends"] = str(refused.value)
     served = ShardedEngine(var, vae, "full", memory=MEMORY)
     with pytest.raises(RuntimeError) as refused:
         served.follow() if served.first else served.submit(0)
@@ -116,6 +120,8 @@ def test_wrong_uses_are_named(two_ranks):
             "sharded": "var is sharded over 2 processes; a ShardedEngine draws with it",
             "heads": first["heads"],
             "tokens": first["tokens"],
+            "backends": "var's mesh speaks over cuda:nccl; an engine's words go over the CPU: let it be made by "
+            "torch.distributed.init_process_group('cpu:gloo,cuda:nccl')",
         }
     )
     assert "policy is a Unlike, which tells heads apart" in first["heads"]
@@ -143,16 +149,19 @@ def one_says_nothing(mesh):
     var, vae = model()
     served, said = ShardedEngine(shard(var, mesh), vae, "full", memory=MEMORY), None
     if not served.first:
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), served._words)
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), mesh.get_group())
         with pytest.raises(RuntimeError) as failed:
             served.follow()
         said = str(failed.value)
-    dist.barrier()
     return said
 
 
-def test_a_process_that_says_nothing_is_taken_for_dead(two_ranks):
-    assert "imed out" in two_ranks.run(one_says_nothing)[1]
+def test_a_process_that_says_nothing_is_taken_for_dead():
+    ranks = Ranks(2)
+    try:
+        assert "imed out" in ranks.run(one_says_nothing)[1]
+    finally:
+        ranks.close()
 
 
 def one_dies(mesh, victim):
