@@ -93,17 +93,20 @@ void end_tile(const AttnParams& p, int batch, int head, int first, const Tile& t
 template <typename T, typename Page>
 void attn_fp32(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& scratch) {
     const AttnTask part = task_of(p, cut, task);
+    Keys<T, Page, kBlock> keys(p, part.batch, part.head);
+    int count = keys.next();
     for (int i = 0; i < part.tiles; ++i) {
+        keys.prefetch(i, part.tiles);
         const int row = part.row + i * cut.rows_per_tile;
         begin_tile<T>(p, part.batch, part.head, row, part.rows_of(cut, i), scratch.tiles[i]);
     }
-    Keys<T, Page, kBlock> keys(p, part.batch, part.head);
-    for (int count = keys.next(); count > 0;) {
+    while (count > 0) {
         load_block(keys, p.head_dim, scratch);
         const int next = keys.next();
         for (int i = 0; i < part.tiles; ++i) {
-            keys.prefetch(i, part.tiles);
             Tile& tile = scratch.tiles[i];
+            keys.prefetch(i, part.tiles);
+            if (next == 0) prefetch_out(p, part, part.row + i * cut.rows_per_tile, tile.rows);
             for (int j = 0; j < tile.vectors * kLanes; j += kLanes) store(scratch.largest + j, load(tile.largest + j));
             score_keys(scratch.keys, count, tile.q, p.head_dim, tile.vectors, scratch.scores, scratch.largest);
             weigh_keys(

@@ -198,8 +198,9 @@ void attn_pairs(const AttnParams& p, const AttnCut& cut, int64_t task, Scratch& 
         const auto attend_one = scaled ? attend_pairs<1, true> : attend_pairs<1, false>;
         const int next = keys.next();
         for (int i = 0; i < part.tiles; ++i) {
-            keys.prefetch(i, part.tiles);
             Tile& tile = scratch.tiles[i];
+            keys.prefetch(i, part.tiles);
+            if (next == 0) prefetch_out(p, part, part.row + i * cut.rows_per_tile, tile.rows);
             for (int row = 0; row < tile.rows; row += kPairRows) {
                 const auto attend = tile.rows - row > kLanes ? attend_two : attend_one;
                 attend(p, unit, count, scratch, tile, row);

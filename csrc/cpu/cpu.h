@@ -15,6 +15,7 @@ inline constexpr int kMostHeadDim = 128;
 inline constexpr int kPairBlock = 128;  // keys of a block in bf16: a multiple of 32, which AMX multiplies at a time
 inline constexpr int kPairRows = 32;    // query rows that take a block in bf16 at a time
 inline constexpr int kLineBytes = 64;   // of a cache
+inline constexpr int kSecondLevel = 2;  // __builtin_prefetch's word for it: the first holds what is worked on
 inline constexpr int kPastEnd = 8;  // rows past the last that a kernel may touch
 
 // How a call of attn is cut. A task is up to kMostTiles tiles of query rows of one KV head; the query heads that share

@@ -64,8 +64,8 @@ public:
         for (int i = count * part / parts; i < count * (part + 1) / parts; ++i) {
             const int bytes = p_.head_dim * static_cast<int>(i < paged ? sizeof(Page) : sizeof(T));
             for (int at = 0; at < bytes; at += kLineBytes) {
-                __builtin_prefetch(static_cast<const char*>(k[i]) + at);
-                __builtin_prefetch(static_cast<const char*>(v[i]) + at);
+                __builtin_prefetch(static_cast<const char*>(k[i]) + at, 0, kSecondLevel);
+                __builtin_prefetch(static_cast<const char*>(v[i]) + at, 0, kSecondLevel);
             }
         }
     }
@@ -105,6 +105,15 @@ inline AttnTask task_of(const AttnParams& p, const AttnCut& cut, int64_t task) {
     const int left = (cut.rows - found.row + cut.rows_per_tile - 1) / cut.rows_per_tile;
     found.tiles = left < cut.tiles_per_task ? left : cut.tiles_per_task;
     return found;
+}
+
+// Asks for the lines that the output of a tile will be written to.
+inline void prefetch_out(const AttnParams& p, const AttnTask& task, int first, int rows) {
+    const int bytes = p.head_dim * static_cast<int>(p.dtype == DType::kFloat32 ? sizeof(float) : sizeof(Half));
+    for (int i = first; i < first + rows; ++i) {
+        const char* const out = static_cast<const char*>(p.out) + out_row(p, task.batch, task.head, i) * bytes;
+        for (int at = 0; at < bytes; at += kLineBytes) __builtin_prefetch(out + at, 1, kSecondLevel);
+    }
 }
 
 // The first task of a head stores that head's rows, at its end: by then it has them in its cache.

@@ -43,7 +43,7 @@ void keep_row(const Pool& pool, int64_t at, const T* row, int head_dim) {
     if (pool.scales)
         pool.scales[at] = quantise(row, head_dim, static_cast<int8_t*>(pool.pages) + at * head_dim);
     else
-        __builtin_memcpy(static_cast<T*>(pool.pages) + at * head_dim, row, head_dim * sizeof(T));
+        copy_past_caches(static_cast<T*>(pool.pages) + at * head_dim, row, head_dim * sizeof(T));
 }
 
 template <typename T>
@@ -74,6 +74,7 @@ void store_rows(const AppendParams& p, int batch, int head) {
         }
         token += rows;
     }
+    end_copies();
 }
 
 // Rows of k and v of one sequence and head into the pages that `write` names; the rest of every such page becomes 0, or

@@ -84,45 +84,53 @@ inline void weigh_keys(
     }
 }
 
-// out[row][d] = decay[row] · out[row][d] + Σ weights[key][row] · values[key][d].
-template <int kVectors>
+// out[row][d] = decay[row] · out[row][d] + Σ weights[key][row] · values[key][d], for kVectors vectors of d.
+template <int kRows, int kVectors>
 void add_rows(
-    const float* const* values, int count, const float* weights, const float* decay, int head_dim, float* out) {
-    constexpr int kRows = kRowsAtOnce;
+    const float* const* values, int count, const float* weights, const float* decay, int d, int head_dim, float* out) {
+    Vec sum[kRows][kVectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j) sum[i][j] = load(out + i * head_dim + d + j * kLanes) * decay[i];
+    }
+    for (int key = 0; key < count; ++key) {
+        Vec part[kVectors];
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j) part[j] = load(values[key] + d + j * kLanes);
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+            const Vec weight = broadcast(weights[key * kTile + i]);
+#pragma GCC unroll 8
+            for (int j = 0; j < kVectors; ++j) sum[i][j] += weight * part[j];
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j) store(out + i * head_dim + d + j * kLanes, sum[i][j]);
+    }
+}
+
+// All rows of a tile, by so many vectors of V at a time, which then stay in a first-level cache; up to kPastEnd rows
+// more are computed and mean nothing.
+template <int kVectors>
+void add_columns(
+    const float* const* values, int count, const float* weights, const float* decay, int rows, int head_dim,
+    float* out) {
     for (int d = 0; d < head_dim; d += kVectors * kLanes) {
-        Vec sum[kRows][kVectors];
-#pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-            for (int j = 0; j < kVectors; ++j) sum[i][j] = load(out + i * head_dim + d + j * kLanes) * decay[i];
-        }
-        for (int key = 0; key < count; ++key) {
-            Vec part[kVectors];
-#pragma GCC unroll 8
-            for (int j = 0; j < kVectors; ++j) part[j] = load(values[key] + d + j * kLanes);
-#pragma GCC unroll 8
-            for (int i = 0; i < kRows; ++i) {
-                const Vec weight = broadcast(weights[key * kTile + i]);
-#pragma GCC unroll 8
-                for (int j = 0; j < kVectors; ++j) sum[i][j] += weight * part[j];
-            }
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-            for (int j = 0; j < kVectors; ++j) store(out + i * head_dim + d + j * kLanes, sum[i][j]);
+        for (int row = 0; row < rows; row += kRowsAtOnce) {
+            const auto add = rows - row > 4 ? add_rows<kRowsAtOnce, kVectors> : add_rows<4, kVectors>;
+            add(values, count, weights + row, decay + row, d, head_dim, out + row * head_dim);
         }
     }
 }
 
-// All rows of a tile; up to kPastEnd rows more are computed and mean nothing.
 inline void add_values(
     const float* const* values, int count, const float* weights, const float* decay, int rows, int head_dim,
     float* out) {
-    for (int row = 0; row < rows; row += kRowsAtOnce) {
-        const auto add = head_dim % (kValueVectors * kLanes) == 0 ? add_rows<kValueVectors> : add_rows<3>;
-        add(values, count, weights + row, decay + row, head_dim, out + row * head_dim);
-    }
+    const auto add = head_dim % (kValueVectors * kLanes) == 0 ? add_columns<kValueVectors> : add_columns<3>;
+    add(values, count, weights, decay, rows, head_dim, out);
 }
 
 }  // namespace

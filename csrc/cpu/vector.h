@@ -76,6 +76,32 @@ inline Vec quotient(Vec x, Vec divisor, [[maybe_unused]] Vec inverse) {
 inline Vec load(const float* from) { return *reinterpret_cast<const VecAnywhere*>(from); }
 inline void store(float* to, Vec x) { *reinterpret_cast<VecAnywhere*>(to) = x; }
 
+// To memory itself where whole lines allow it: what is read much later need not be in a cache, and a line need not be
+// fetched to be overwritten. Before another thread reads it, end_copies must have been called.
+inline void copy_past_caches(void* to, const void* from, int bytes) {
+#if defined(__AVX2__)
+    if (reinterpret_cast<uintptr_t>(to) % kLineBytes == 0 && bytes % kLineBytes == 0) {
+        for (int i = 0; i < bytes; i += kLanes * 4) {
+            const Vec x = *reinterpret_cast<const PairsAnywhere*>(static_cast<const char*>(from) + i);
+            float* const target = reinterpret_cast<float*>(static_cast<char*>(to) + i);
+#if defined(__AVX512F__)
+            _mm512_stream_ps(target, x);
+#else
+            _mm256_stream_ps(target, x);
+#endif
+        }
+        return;
+    }
+#endif
+    __builtin_memcpy(to, from, bytes);
+}
+
+inline void end_copies() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
 // Elements of 16 bits, in integer arithmetic that every instruction set has.
 
 inline Bits widen(const void* from) { return __builtin_convertvector(*static_cast<const HalvesAnywhere*>(from), Bits); }
