@@ -101,6 +101,9 @@ def compact(
     pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor,
     page_scales: Tensor | None = None,
 ) -> None:  # fmt: skip
+    if (module := _checking_itself("compact", k, pages, v, arena, src_slots, keep, dst_slots)) is not None:
+        with suppress(ValueError):
+            return module.compact(pages, arena, src_slots, k, v, keep, dst_slots, *_given(page_scales))
     check_compact(pages, arena, src_slots, k, v, keep, dst_slots, page_scales)
     check_apart(pages, page_scales, dst_slots, k=k, v=v)
     if _tables_are_read(pages):

@@ -25,7 +25,7 @@ constexpr int64_t kSmallWork = 1 << 15;  // elements below which waking other th
 // Computes nothing: what is left is what stands before a kernel.
 const InstructionSet kNone{
     "none", [](const AttnParams&, const AttnCut&, int64_t, Scratch&) {}, [](const AppendParams&, int, int) {},
-    [](const PrepareParams&, int64_t) {}};
+    [](const CompactParams&, int, int) {}, [](const PrepareParams&, int64_t) {}};
 
 // The one of that name; the best that this machine has where the name is empty.
 const InstructionSet& instruction_set_of(const std::string& name) {
@@ -253,6 +253,43 @@ void append_cpu(
     });
 }
 
+void compact_cpu(
+    Tensor pages, Tensor arena, Tensor src_slots, Tensor k, Tensor v, Tensor keep, Tensor dst_slots,
+    std::optional<Tensor> page_scales, std::string instruction_set) {
+    check_on_cpu("k", k);
+    check_current(k, v, pages, arena, page_scales, Kernel::kCpu);
+    check_slots("src_slots", src_slots, k);
+    check_slots("dst_slots", dst_slots, k);
+    const bool wide = keep.scalar_type() == ScalarType::Long;
+    if (!wide) check_table("keep", keep, k);
+    if (keep.device() != k.device()) refuse("keep is on another device than k");
+    if (keep.dim() != 3 || keep.size(0) != k.size(0) || keep.size(1) != k.size(2) || !keep.is_contiguous()) {
+        refuse(
+            "keep has shape ", shape_of(keep), "; it must be (B, Hkv, M), contiguous, with B = ", k.size(0),
+            ", Hkv = ", k.size(2));
+    }
+    std::vector<int64_t> widened;
+    const auto narrow = static_cast<const int32_t*>(keep.data_ptr());
+    if (!wide) widened.assign(narrow, narrow + keep.numel());
+    CompactParams c{};
+    c.into.k = rows_of(k), c.into.v = rows_of(v);
+    c.into.pool = pool_of(pages, arena, page_scales);
+    c.into.write = table_of(dst_slots), c.history = table_of(src_slots);
+    c.into.batch = k.size(0), c.into.tokens = k.size(1), c.into.kv_heads = k.size(2), c.into.head_dim = k.size(3);
+    c.into.dtype = dtype_of(k);
+    c.keep = wide ? static_cast<int64_t*>(keep.data_ptr()) : widened.data();
+    c.kept = keep.size(2);
+    check_keep(
+        c.into.pool, c.history, c.into.write, {c.keep, c.kept}, c.into.batch, c.into.kv_heads, c.into.tokens);
+    check_apart("k", k, pages, page_scales), check_apart("v", v, pages, page_scales);
+    if (keep.numel() == 0) return;
+    const InstructionSet& set = instruction_set_of(instruction_set);
+    const int32_t kv_heads = c.into.kv_heads;
+    for_each_task(int64_t{c.into.batch} * kv_heads, stored_elements(c.into.write, c.into.pool, k), [&](int64_t task) {
+        set.compact(c, static_cast<int>(task / kv_heads), static_cast<int>(task % kv_heads));
+    });
+}
+
 // One of prepare_qk's tables of fp32; null where it is not given.
 const float* floats(
     const char* name, const std::optional<Tensor>& x, const Tensor& qkv, int64_t rows, int64_t columns) {
@@ -325,12 +362,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(amskv, m) {
     m.def(
         "prepare_qk_cpu(Tensor qkv, int kv_heads, Tensor? q_scale=None, Tensor? cos=None, Tensor? sin=None, "
         "bool l2norm=False, float eps=1e-12, str instruction_set=\"\") -> (Tensor, Tensor)");
+    m.def(
+        "compact_cpu(Tensor(a!) pages, Tensor arena, Tensor src_slots, Tensor k, Tensor v, Tensor keep, "
+        "Tensor dst_slots, Tensor(b!)? page_scales=None, str instruction_set=\"\") -> ()");
     m.def("cpu_info() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(amskv, CompositeExplicitAutograd, m) {
     m.impl("attn_cpu", TORCH_BOX(&amskv::cpu::attn_cpu));
     m.impl("attn_ragged_cpu", TORCH_BOX(&amskv::cpu::attn_ragged_cpu));
+    m.impl("compact_cpu", TORCH_BOX(&amskv::cpu::compact_cpu));
     m.impl("append_cpu", TORCH_BOX(&amskv::cpu::append_cpu));
     m.impl("prepare_qk_cpu", TORCH_BOX(&amskv::cpu::prepare_qk_cpu));
     m.impl("cpu_info", TORCH_BOX(&amskv::cpu::cpu_info));

@@ -110,4 +110,28 @@ void check_tables(
     });
 }
 
+void check_keep(
+    const Pool& pool, const SlotTable& source, const SlotTable& target, const Keep& keep, int32_t batch,
+    int32_t kv_heads, int32_t tokens) {
+    check_tables(pool, source, target, batch, kv_heads, keep.count);
+    const int64_t page_size = pool.page_size, paged = source.count * page_size, all = paged + tokens;
+    for (int64_t head = 0; head < int64_t{batch} * kv_heads; ++head) {
+        const auto of_head = [&](const SlotTable& table) {
+            return table.data + head / kv_heads * table.batch_stride + head % kv_heads * table.head_stride;
+        };
+        const int32_t *const slots = of_head(source), *const taking = of_head(target);
+        int64_t named = 0, last = -1;
+        for (int32_t i = 0; i < target.count; ++i) named += taking[i] & kRowsMask;
+        if (named != keep.count) refuse("dst_slots name ", named, " rows; they must name the ", keep.count, " of keep");
+        for (int32_t i = 0; i < keep.count; ++i) {
+            const int64_t key = keep.data[head * keep.count + i];
+            if (key < 0 || key >= all) refuse("keep holds ", key, "; the keys have indices 0 … ", all - 1);
+            if (key < paged && key % page_size >= (slots[key / page_size] & kRowsMask))
+                refuse("keep holds ", key, ", a row that src_slots do not name");
+            if (key <= last) refuse("keep does not ascend; its indices must ascend, each once");
+            last = key;
+        }
+    }
+}
+
 }  // namespace amskv

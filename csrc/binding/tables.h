@@ -16,4 +16,15 @@ struct Lengths {
 void check_tables(
     const Pool& pool, const SlotTable& read, const SlotTable& write, int32_t batch, int32_t kv_heads, Lengths lengths);
 
+// The keys that compact keeps of each sequence and head, (batch, kv_heads, count).
+struct Keep {
+    const int64_t* data;
+    int32_t count;
+};
+
+// Refuses keys that are not there or do not ascend, and tables that check_tables refuses or that name another number.
+void check_keep(
+    const Pool& pool, const SlotTable& source, const SlotTable& target, const Keep& keep, int32_t batch,
+    int32_t kv_heads, int32_t tokens);
+
 }  // namespace amskv

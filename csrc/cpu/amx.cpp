@@ -8,7 +8,7 @@
 namespace amskv::cpu {
 
 #ifdef __AMX_BF16__
-const InstructionSet kAmx{"amx", &attn_any, &append_any, &prepare_any};
+const InstructionSet kAmx{"amx", &attn_any, &append_any, &compact_any, &prepare_any};
 #else
 const InstructionSet kAmx{};  // the compiler does not know it
 #endif

@@ -3,6 +3,6 @@
 
 namespace amskv::cpu {
 
-const InstructionSet kAvx512{"avx512", &attn_any, &append_any, &prepare_any};
+const InstructionSet kAvx512{"avx512", &attn_any, &append_any, &compact_any, &prepare_any};
 
 }  // namespace amskv::cpu

@@ -8,7 +8,7 @@
 namespace amskv::cpu {
 
 #ifdef __AVX512BF16__
-const InstructionSet kAvx512bf16{"avx512bf16", &attn_any, &append_any, &prepare_any};
+const InstructionSet kAvx512bf16{"avx512bf16", &attn_any, &append_any, &compact_any, &prepare_any};
 #else
 const InstructionSet kAvx512bf16{};  // the compiler does not know it
 #endif

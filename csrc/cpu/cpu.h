@@ -62,6 +62,14 @@ struct alignas(64) Scratch {
     float key_scales[kPairBlock], value_scales[kPairBlock];
 };
 
+// Rows chosen of a history and of the current scale, into fresh pages.
+struct CompactParams {
+    AppendParams into;    // k and v, and the pages that take what is kept of both
+    SlotTable history;
+    const int64_t* keep;  // (B, Hkv, kept): a key is a row of the history's pages, page_size of each entry, or, past
+    int32_t kept;         // those, of k and v; ascending
+};
+
 // qkv (B, n, H + 2 · Hkv, D) → q (B, n, H, D) and k (B, n, Hkv, D), contiguous.
 struct PrepareParams {
     Rows qkv;
@@ -78,6 +86,7 @@ struct InstructionSet {
     const char* name;
     void (*attn)(const AttnParams&, const AttnCut&, int64_t task, Scratch&);
     void (*append)(const AppendParams&, int batch, int head);
+    void (*compact)(const CompactParams&, int batch, int head);
     void (*prepare_qk)(const PrepareParams&, int64_t token);  // `token` of all batch · n
 };
 

@@ -21,7 +21,10 @@ from amskv_kernels.ops.checks import PlannedAttn
 from amskv_kernels.ops.guard import refuse_backward
 
 LIBRARY = Path(__file__).parents[3] / "libamskv.so"
-_OPS = ("attn_cpu", "attn_ragged_cpu", "append_cpu", "prepare_qk_cpu", "attn_cuda", "attn_hopper", "append_cuda")
+_OPS = (
+    "attn_cpu", "attn_ragged_cpu", "append_cpu", "prepare_qk_cpu", "compact_cpu",
+    "attn_cuda", "attn_hopper", "append_cuda",
+)  # fmt: skip
 _REFUSALS = torch.library.Library("amskv", "FRAGMENT")  # the library's own ops have no backward either
 LEAST_TORCH = (2, 10)  # the stable ABI that the library is built for
 

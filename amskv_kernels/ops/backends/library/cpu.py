@@ -12,7 +12,7 @@ from amskv_kernels.ops.checks import DTYPES, PlannedAttn
 
 __all__ = [
     "CHECKS_ITSELF", "DTYPES", "PAGE_DTYPES",
-    "append", "attn", "attn_ragged", "prepare_qk", "prepared_attn", "unavailable",
+    "append", "attn", "attn_ragged", "compact", "prepare_qk", "prepared_attn", "unavailable",
 ]  # fmt: skip
 
 PAGE_DTYPES = (*DTYPES, torch.int8)
@@ -54,6 +54,14 @@ def append(
 ) -> None:  # fmt: skip
     """See `amskv_kernels.ops.append`."""
     torch.ops.amskv.append_cpu.default(k, v, pages, arena, write_slots, page_scales)
+
+
+def compact(
+    pages: Tensor, arena: Tensor, src_slots: Tensor, k: Tensor, v: Tensor, keep: Tensor, dst_slots: Tensor,
+    page_scales: Tensor | None = None,
+) -> None:  # fmt: skip
+    """See `amskv_kernels.ops.compact`."""
+    torch.ops.amskv.compact_cpu.default(pages, arena, src_slots, k, v, keep, dst_slots, page_scales)
 
 
 def prepare_qk(
