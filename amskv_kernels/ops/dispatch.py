@@ -62,8 +62,8 @@ def backend(name: str) -> _Setting:
     """Force one implementation, "auto" to choose by itself again; in a `with` block, for its length.
 
     It holds for the thread, or the task of an event loop, that asks: a context variable, as a new thread it begins
-    with "auto". "hopper" and "cuda" have attn and append, "cpu" prepare_qk and compact too; the other ops stay with who would
-    serve them anyway.
+    with "auto". "hopper" and "cuda" have attn and append, "cpu" prepare_qk and compact too; the other ops stay with
+    who would serve them anyway.
 
     Raises:
         ValueError: no backend of that name.

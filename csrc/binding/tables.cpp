@@ -113,7 +113,7 @@ void check_tables(
 void check_keep(
     const Pool& pool, const SlotTable& source, const SlotTable& target, const Keep& keep, int32_t batch,
     int32_t kv_heads, int32_t tokens) {
-    check_tables(pool, source, target, batch, kv_heads, keep.count);
+    check_tables(pool, source, target, batch, kv_heads, {keep.count});
     const int64_t page_size = pool.page_size, paged = source.count * page_size, all = paged + tokens;
     for (int64_t head = 0; head < int64_t{batch} * kv_heads; ++head) {
         const auto of_head = [&](const SlotTable& table) {

@@ -7,8 +7,8 @@ from zlib import crc32
 import large_logits
 import pytest
 import torch
-from attn_cases import SPOILT, Case, exact, make, make_eight_bit, most_error, same_kinds, spoilt
-from extra_cases import LARGE, QK_PARTS, QK_SHAPES, SMALL, make_qk
+from attn_cases import SPOILT, Case, eight_bit, exact, make, make_eight_bit, most_error, same_kinds, spoilt
+from extra_cases import COMPACT_CASES, LARGE, QK_PARTS, QK_SHAPES, SMALL, make_compact, make_qk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ops import BAD_TABLES, NAMES
@@ -223,6 +223,50 @@ def test_prepare_qk_of_zeros_and_of_no_numbers(instruction_set):
     expected = torch.nn.functional.normalize(qkv, dim=-1)
     for x, head in zip(ops.prepare_qk_cpu(qkv, 1, l2norm=True, instruction_set=instruction_set), (0, 1), strict=True):
         torch.testing.assert_close(x[:, :, 0], expected[:, :, head], equal_nan=True)
+
+
+@IN_EVERY_SET
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("int8", [False, True], ids=["in pages as they are", "in eight bits"])
+@pytest.mark.parametrize(("case", "kept"), [*COMPACT_CASES, (Case(n=1, history=(9,)), (1,)), (Case(n=4), ())], ids=str)
+def test_compact_is_the_reference(case, kept, int8, dtype, instruction_set):
+    """Every byte, NaN included; k and v at odd strides, on one thread and on several."""
+    pages, arena, src, k, v, keep, dst = make_compact(replace(case, dtype=dtype), kept)
+    pools = eight_bit(pages) if int8 else (pages,)
+    expected = [pool.clone() for pool in pools]
+    reference.compact(expected[0], arena, src, k, v, keep, dst, *expected[1:])
+    odd = [torch.empty(*x.shape[:3], x.shape[3] + 5, dtype=dtype)[..., 3:-2].copy_(x) for x in (k, v)]
+    threads = torch.get_num_threads()
+    try:
+        for count, indices in ((1, keep), (3, keep.int())):
+            torch.set_num_threads(count)
+            found = [pool.clone() for pool in pools]
+            scales = found[1] if int8 else None
+            ops.compact_cpu(found[0], arena, src, *odd, indices, dst, scales, instruction_set)
+            for ours, theirs in zip(found, expected, strict=True):
+                assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_compact_names_bad_keys_and_writes_nothing():
+    pages, arena, src, k, v, keep, dst = make_compact(Case(n=5, history=(16, 3)), (9,))
+    before = pages.clone()
+    for message, changed in {
+        "keep is Float": {"keep": keep.float()},
+        "keep has shape": {"keep": keep[:1]},
+        "name 9 rows; they must name the 8 of keep": {"keep": keep[..., :8].contiguous()},
+        "keep holds -1; the keys have indices 0 … 36": {"keep": keep - keep - 1},
+        "keep holds 37; the keys": {"keep": keep - keep + 37},
+        "keep holds 19, a row that src_slots do not name": {"keep": keep - keep + 19},
+        "keep does not ascend": {"keep": keep.flip(-1)},
+        "both read and written": {"dst_slots": src[..., :1] - 16 + 9},
+        "k shares memory": {"k": pages.view(-1, 64)[:20].view(2, 5, 2, 64)},
+    }.items():
+        args = {"keep": keep, "dst_slots": dst, "k": k} | changed
+        with pytest.raises(ValueError, match=message):
+            ops.compact_cpu(pages, arena, src, args["k"], v, args["keep"], args["dst_slots"])
+    assert torch.equal(before.view(torch.uint8), pages.view(torch.uint8))
 
 
 def every_half() -> torch.Tensor:

@@ -200,8 +200,10 @@ def check_scores(case: Case, mode: str) -> None:
 
 
 @pytest.mark.parametrize(("case", "kept"), COMPACT_CASES, ids=str)
-def test_compact_is_the_reference(case, kept):
-    check_compact(case, kept)
+@pytest.mark.parametrize("name", ["auto", "torch"])
+def test_compact_is_the_reference(case, kept, name):
+    with amskv_kernels.backend(name):
+        check_compact(case, kept)
 
 
 def check_compact(case: Case, kept: tuple[int, ...]) -> None:

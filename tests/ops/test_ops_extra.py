@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -114,9 +115,10 @@ def test_compact_is_the_reference(case, kept):
     pages, arena, src_slots, k, v, keep, dst_slots = make_compact(case, kept)
     expected = pages.clone()
     reference.compact(expected, arena, src_slots, k, v, keep, dst_slots)
-    for indices in (keep, keep.int()):
+    for indices, name in product((keep, keep.int()), ("auto", "torch")):
         ours = pages.clone()
-        ops.compact(ours, arena, src_slots, k, v, indices, dst_slots)
+        with amskv_kernels.backend(name):
+            ops.compact(ours, arena, src_slots, k, v, indices, dst_slots)
         assert torch.equal(ours.view(torch.uint8), expected.view(torch.uint8)), "every byte, NaN included"
 
 
