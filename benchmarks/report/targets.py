@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.peers import CONTIGUOUS, OURS, STOCK
+from benchmarks.harness.peers import CONTIGUOUS, EIGHT_BIT, OURS, STOCK
 from benchmarks.harness.results import Row, rows
 from benchmarks.report.serving import gain
 from benchmarks.report.tables import case_of, cases, module_totals, table, total_us
@@ -186,6 +186,13 @@ def _cpu_bf16(result: Result) -> Verdict | None:
     return Verdict(f"at most {max(known):.2f}× of {len(known)} cases", max(known) <= 1) if known else None
 
 
+def _cpu_eight_bit(result: Result) -> Verdict | None:
+    name = EIGHT_BIT.format("cpu")
+    found = [row["times"] for row in rows(result, "cpu", dtype="fp32") if name in row["times"]]
+    ratios = [times[name]["median_us"] / times[OURS]["median_us"] for times in found]
+    return Verdict(f"at most {max(ratios):.2f}× of {len(ratios)} rows", max(ratios) <= 1) if ratios else None
+
+
 def _host(result: Result) -> Verdict | None:
     found = [row for row in rows(result, "host", kind="attend") if row["up_to"] in ("the kernel", "the launch")]
     us = {row["backend"]: row["us"] for row in found}
@@ -247,6 +254,7 @@ TARGETS = (
     Target("CPU, each step with n < 64, `full`", "≤ 2× SDPA's time or 25 µs", None, _cpu_early_steps),
     Target("CPU, the last step, `full`", "≥ 60 % of the roof measured in the run", None, _cpu_roof),
     Target("CPU, attention of a whole image in bf16 over fp32", "≤ 1×", None, _cpu_bf16),
+    Target("CPU, each step in fp32, int8 pages over fp32 pages", "≤ 1×", None, _cpu_eight_bit),
     Target("CPU, attention of a whole image, `full`, over stock's concatenation", "≥ 1.3×", None,
            _cpu_image("full", 1.3)),
     Target("CPU, the same, AMS-KV at 75 %", "≥ 2×", None, _cpu_image("ams-kv:75", 2)),

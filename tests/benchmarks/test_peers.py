@@ -71,13 +71,13 @@ def test_int8_pages_take_part_and_are_held_to_their_own_rounding():
         gate.check("int8", out * 1.02, contestant.rounded)
 
 
-@pytest.mark.parametrize("able", [["cuda", "triton", "torch"], ["hopper", "cuda", "torch"]])
-def test_int8_pages_run_on_a_gpu_by_every_kernel_that_has_them(monkeypatch, able):
+@pytest.mark.parametrize("able", [["cuda", "triton", "torch"], ["hopper", "cuda", "torch"], ["cpu", "torch"]])
+def test_int8_pages_run_by_every_kernel_that_has_them(monkeypatch, able):
     call = inputs()
-    call.pool.device = "cuda"
+    call.pool.device = "cpu" if "cpu" in able else "cuda"
     monkeypatch.setattr(peers, "backends", lambda device: (able[0], able))
     names = [name for name in peers.line_up(call) if "int8" in name]
-    assert names == [f"amskv {name}, int8 pages" for name in able if name in ("cuda", "triton")]
+    assert names == [f"amskv {name}, int8 pages" for name in able if name in ("cuda", "triton", "cpu")]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +135,12 @@ def test_targets_of_the_cpu_judge_early_steps_the_last_one_bf16_and_the_host():
     assert verdict(
         "CPU, attention of a whole image in bf16 over fp32", row("fp32", 0, 1, 4.0), row("bf16", 0, 1, 5.0)
     ) == (targets.Verdict("at most 1.25× of 1 cases", False))
+    eight_bit = "CPU, each step in fp32, int8 pages over fp32 pages"
+    both = [row(dtype, 1, 4, 8.0) for dtype in ("fp32", "fp32", "bf16")]
+    for each, us in zip(both, (8.0, 10.0, 80.0), strict=True):
+        each["times"]["amskv cpu, int8 pages"] = {"median_us": us}
+    assert verdict(eight_bit, *both, row("fp32", 0, 1, 1.0)) == targets.Verdict("at most 1.25× of 2 rows", False)
+    assert verdict(eight_bit, both[0]).met
     what = "host time of a call up to its kernel, native and Triton"
     triton, cpu = (
         {"suite": "host", "kind": "attend", "backend": name, "up_to": end, "us": us}
