@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from amskv_kernels.arguments import shown
 from amskv_kernels.models.attention import Attention
 from amskv_kernels.models.checked import CheckedModule
-from amskv_kernels.models.modulation import Conditions, Modulates, Modulation
+from amskv_kernels.models.modulation import Conditions, Modulation
 from amskv_kernels.models.vqvae import VQVAE
 from amskv_kernels.schedule import ScaleSchedule
 
@@ -158,7 +158,7 @@ class Block(nn.Module):
         gate1, gate2, scale1, scale2, shift1, shift2 = found.unbind(2)
         return Modulation((gate1, gate2), (scale1 + 1, scale2 + 1), (shift1, shift2))
 
-    def forward(self, x: Tensor, modulation: Modulates, attention: Attention) -> Tensor:
+    def forward(self, x: Tensor, modulation: Modulation, attention: Attention) -> Tensor:
         x = modulation.add(x, self.attn(modulation.norm(x, 0), attention), 0)
         return modulation.add(x, self.ffn(modulation.norm(x, 1)), 1)
 
@@ -175,7 +175,7 @@ class HeadNorm(nn.Module):
         scale, shift = self.ada_lin(cond).view(len(cond), 1, 2, -1).unbind(2)
         return Modulation((), ((scale + 1).float(),), (shift.float(),))
 
-    def forward(self, x: Tensor, modulation: Modulates) -> Tensor:
+    def forward(self, x: Tensor, modulation: Modulation) -> Tensor:
         return modulation.norm(x.float(), 0)
 
 

@@ -131,9 +131,8 @@ class Mixture:
     """The tables of every tick at which as many images are at each step.
 
     Attributes:
-        rows: packed rows of all sequences, T.
-        runs: (sequences, rows of each) that have their conditions in common memory: each group's with the class, then
-            one of all rows without; rows are as many as `LEAST_ROWS` at least.
+        rows: packed rows of all sequences; T is at least `LEAST_ROWS`.
+        owner: (T,) image whose class each packed row has, as many as there are images where it has none.
         source: (T,) row of the inputs, those of the first scale and then all later maps, that each packed row takes.
         position: (T,) of each packed row in the schedule.
         other: (map rows,) packed row without the class, that with it where there is no guidance.
@@ -150,9 +149,8 @@ class Mixture:
         maps, images, sequences = last.rows.stop, last.images.stop, last.others.stop
         self.rows = last.other_row + last.pairs * last.tokens
         padded = max(self.rows, LEAST_ROWS)
-        self.runs = [(len(group.places), group.tokens) for group in groups] + [(1, padded - maps)] * (padded > maps)
-        source, position = np.zeros((2, padded), dtype=np.int64)
-        other, image = np.zeros((2, maps), dtype=np.int64)
+        source, position, other = (np.zeros(size, dtype=np.int64) for size in (padded, padded, maps))
+        owner = np.full(padded, images)
         lengths = np.zeros(sequences, dtype=np.int64)
         source[:maps], other[:] = count + np.arange(maps), np.arange(maps)
         for group in groups:
@@ -161,12 +159,13 @@ class Mixture:
             position[group.rows], position[rows] = np.tile(within, len(group.places)), np.tile(within, group.pairs)
             source[rows] = count + group.row + own if group.step else own % n
             other[group.row + own] = rows
-            image[group.rows] = np.repeat(np.arange(images)[group.images], n)
+            owner[group.rows] = np.repeat(np.arange(images)[group.images], n)
             lengths[group.images] = lengths[group.others] = n
         source[self.rows :], position[self.rows :] = source[self.rows - 1], position[self.rows - 1]
-        self.source, self.position, self.other, self.image = (
-            torch.from_numpy(x).to(device) for x in (source, position, other, image)
+        self.source, self.position, self.other, self.owner = (
+            torch.from_numpy(x).to(device) for x in (source, position, other, owner)
         )
+        self.image = self.owner[:maps]
         self.starts = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32)).to(device)
         self._make_tables(groups, pool, images, sequences)
 

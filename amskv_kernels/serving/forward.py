@@ -6,61 +6,21 @@ and after it, inputs and sampling, is that of `VAR.generate` with each image's o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby
-from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from amskv_kernels.models import VAR, VQVAE
-from amskv_kernels.models.modulation import Conditions, Modulation, normalised
+from amskv_kernels.models.modulation import Conditions, Modulation
 from amskv_kernels.models.tensor_parallel import ranks_of
 from amskv_kernels.serving.attention import PoolAttention
 from amskv_kernels.serving.batch import LEAST_ROWS, Group, Mixture
 from amskv_kernels.serving.graphs import Graphs
 
 LEAST_IMAGES = 2  # of a convolution, for the reason of LEAST_ROWS
-
-
-class RunModulation(NamedTuple):
-    """Of packed rows (1, T, C), which are runs of sequences of equal length; see `VAR`'s own `Modulation`.
-
-    Attributes:
-        runs: (sequences, rows of each).
-        gates, scales, shifts: of every part, for every run, (sequences, 1, C).
-    """
-
-    runs: Sequence[tuple[int, int]]
-    gates: Sequence[tuple[Tensor, ...]]
-    scales: Sequence[tuple[Tensor, ...]]
-    shifts: Sequence[tuple[Tensor, ...]]
-
-    @classmethod
-    def of(cls, found: Tensor, runs: Sequence[tuple[int, int]], parts: int) -> list[RunModulation]:
-        """`found` (layers, gates, scales and shifts, sequences of all runs, C); no gates where there is one part."""
-        split = found.unsqueeze(3).split([sequences for sequences, _ in runs], 2)
-        kinds = list(zip(*(own.flatten(0, 1).unbind(0) for own in split), strict=True))
-        layers = [kinds[first : first + found.shape[1]] for first in range(0, len(kinds), found.shape[1])]
-        return [cls(runs, own[: -2 * parts], own[-2 * parts : -parts], own[-parts:]) for own in layers]
-
-    def norm(self, x: Tensor, part: int) -> Tensor:
-        """See `Modulates`."""
-        found = normalised(x)
-        for rows, scale, shift in zip(self._views(found), self.scales[part], self.shifts[part], strict=True):
-            torch.addcmul(shift, rows, scale, out=rows)
-        return found
-
-    def add(self, x: Tensor, y: Tensor, part: int) -> Tensor:
-        """See `Modulates`; x is changed."""
-        torch._foreach_addcmul_(self._views(x), self._views(y), self.gates[part])
-        return x
-
-    def _views(self, x: Tensor) -> list[Tensor]:
-        """(sequences, rows, C) of each run."""
-        parts = x[0].split([sequences * rows for sequences, rows in self.runs])
-        return [own.view(*run, -1) for own, run in zip(parts, self.runs, strict=True)]
 
 
 class PackedVAR:
@@ -84,6 +44,7 @@ class PackedVAR:
         self._head = torch.zeros(2, places + 1, width, device=self.device)
         self._positions = var.places()[0]
         self._noise = torch.empty(0, config.vocab_size, device=self.device)
+        self._spread = weight.new_empty(0, width)  # conditions of one layer, for every packed row
         self._graphs = Graphs(self.device, ranks_of(var) == 1)
         self._set_conditions(0, config.num_classes)
 
@@ -99,8 +60,8 @@ class PackedVAR:
         found = self.var.conditions(cond)
         self._starts[row] = self.var.start(cond)[0]
         for layer, modulation in enumerate(found.layers):
-            self._layers[layer, :, row] = _stacked(cast(Modulation, modulation))
-        self._head[:, row] = _stacked(cast(Modulation, found.head))
+            self._layers[layer, :, row] = _stacked(modulation)
+        self._head[:, row] = _stacked(found.head)
 
     def step(
         self, groups: Sequence[Group], mixture: Mixture, generators: Sequence[torch.Generator | None],
@@ -114,6 +75,7 @@ class PackedVAR:
             generators: by place.
             attention: over the pool.
         """
+        self._make_room(mixture)
         self._make_noise(groups, generators)
         attention.begin(mixture)
         self._graphs.run(mixture, partial(self._run, groups, mixture, attention))
@@ -136,17 +98,31 @@ class PackedVAR:
         return torch.cat(parts)[mixture.source] + self._positions[mixture.position]
 
     def _conditions(self, mixture: Mixture) -> Conditions:
-        """Of every run of packed rows."""
-        rows = mixture.conditions.device[: sum(sequences for sequences, _ in mixture.runs)]
-        layers = RunModulation.of(self._layers.index_select(2, rows), mixture.runs, 2)
-        return Conditions(layers, RunModulation.of(self._head.index_select(1, rows)[None], mixture.runs, 1)[0])
+        """Of every packed row; a layer's lie in memory that the next one's take."""
+        places, width = self._layers.shape[2:]
+        rows = mixture.conditions.device[mixture.owner]
+        at = (torch.arange(6, device=self.device)[:, None] * places + rows).flatten()
+
+        def layers() -> Iterator[Modulation]:
+            for layer in self._layers:
+                torch.index_select(layer.flatten(0, 1), 0, at, out=self._spread[: len(at)])
+                found = self._spread[: len(at)].view(3, 2, 1, len(rows), width).unbind(0)
+                gates, scales, shifts = (kind.unbind(0) for kind in found)
+                yield Modulation(gates, scales, shifts)
+
+        scale, shift = self._head[:, rows].unsqueeze(1).unbind(0)
+        return Conditions(layers(), Modulation((), (scale,), (shift,)))
+
+    def _make_room(self, mixture: Mixture) -> None:
+        """Working memory for a mixture's ticks; graphs read and write the old one where it is too small."""
+        maps, rows = len(mixture.image), len(mixture.owner)
+        if maps > len(self._noise) or 6 * rows > len(self._spread):
+            self._noise = self._noise.new_empty(max(maps, len(self._noise)), self._noise.shape[1])
+            self._spread = self._spread.new_empty(max(6 * rows, len(self._spread)), self._spread.shape[1])
+            self._graphs.clear()
 
     def _make_noise(self, groups: Sequence[Group], generators: Sequence[torch.Generator | None]) -> None:
         """Each image's own: what `torch.multinomial` would take from its generator."""
-        rows, vocab_size = groups[-1].rows.stop, self._noise.shape[1]
-        if rows > len(self._noise):
-            self._noise = torch.empty(rows, vocab_size, device=self.device)
-            self._graphs.clear()  # they read the old one
         for group in groups:
             parts = self._noise[group.rows].view(len(group.places), -1)
             for place, part in zip(group.places.tolist(), parts, strict=True):
