@@ -120,7 +120,7 @@ def _agreed(model: nn.Module, mesh: DeviceMesh) -> dict[str, Any]:
 def _layers(model: nn.Module) -> dict[str, Any]:
     """A model's layers, by name."""
     for name in _LAYERS:
-        if hasattr(model, name):
+        if name in vars(model) or name in model._modules:  # its own, not a wrapper's
             return {f"model.{name}[{number}]": layer for number, layer in enumerate(getattr(model, name))}
     raise TypeError(f"model is a {type(model).__name__} without {' or '.join(_LAYERS)}; it must be a VAR or Infinity")
 
@@ -139,18 +139,36 @@ def _check_model(model: nn.Module, layers: dict[str, Any], ranks: int) -> None:
                 f"{name} is a {type(layer).__name__} without {' or '.join(_SELF)}; it must be VAR's or Infinity's"
             )
         for kind, attention in found:
-            needs = _CROSS_NEEDS if kind == _CROSS else _SELF_NEEDS
-            missing = [need for need in needs if not hasattr(attention, need)]
-            if missing:
-                raise TypeError(
-                    f"{name}.{kind} is a {type(attention).__name__} without {', '.join(missing)}; it must be laid out "
-                    "as VAR's or Infinity's"
-                )
-            if attention.num_heads % ranks:
-                raise ValueError(f"{name}.{kind} has {attention.num_heads} heads; {ranks} processes must divide them")
+            _check_attention(f"{name}.{kind}", kind, attention, ranks)
+        for path in _styles(layer):
+            _check_linear(name, layer, path)
         width = layer.ffn.fc1.out_features if _has_ffn(layer) else 0
         if width % ranks:
             raise ValueError(f"{name}.ffn has {width} hidden units; {ranks} processes must divide them")
+
+
+def _check_attention(name: str, kind: str, attention: Any, ranks: int) -> None:
+    missing = [need for need in (_CROSS_NEEDS if kind == _CROSS else _SELF_NEEDS) if not hasattr(attention, need)]
+    if missing:
+        raise TypeError(
+            f"{name} is a {type(attention).__name__} without {', '.join(missing)}; it must be laid out as VAR's or "
+            "Infinity's"
+        )
+    for fused, parts in _FUSED.items():
+        if hasattr(attention, fused):
+            rows, wanted = len(getattr(attention, fused).weight), parts * attention.num_heads * attention.head_dim
+            if rows != wanted:
+                raise ValueError(f"{name}.{fused} has {rows} rows; {parts} parts of every head are {wanted}")
+    if attention.num_heads % ranks:
+        raise ValueError(f"{name} has {attention.num_heads} heads; {ranks} processes must divide them")
+
+
+def _check_linear(name: str, layer: nn.Module, path: str) -> None:
+    linear = dict(layer.named_modules()).get(path)  # as `parallelize_module` looks for it: not through wrappers
+    if linear is None:
+        raise TypeError(f"{name}.{path} is in a wrapper; shard a model before torch.compile or FSDP wraps it")
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"{name}.{path} is a {type(linear).__name__}; it must be a torch.nn.Linear")
 
 
 def _attentions(layer: Any) -> Iterator[tuple[str, Any]]:

@@ -189,7 +189,10 @@ def every_refusal(mesh):
     del headless.blocks[1].attn
     lacking = fresh()
     del lacking.blocks[0].attn.v_bias
-    empty = fresh()
+    empty, unlike_rows, compiled, other_linear = fresh(), fresh(), fresh(), fresh()
+    unlike_rows.blocks[0].attn.mat_qkv = nn.Linear(256, 512, bias=False)
+    compiled.blocks[0] = torch.compile(compiled.blocks[0])
+    other_linear.blocks[1].attn.proj = nn.Identity()
     empty.blocks = nn.ModuleList()
     patched = patch(public, Full())
     sharded, unlike = shard(fresh(), mesh), Unlike()
@@ -199,6 +202,10 @@ def every_refusal(mesh):
         "attention": refused(shard, headless, mesh),
         "tensors": refused(shard, lacking, mesh),
         "layers": refused(shard, empty, mesh),
+        "rows": refused(shard, unlike_rows, mesh),
+        "wrapper": refused(shard, compiled, mesh),
+        "wrapped": refused(shard, torch.compile(fresh()), mesh),
+        "linear": refused(shard, other_linear, mesh),
         "mesh": refused(shard, fresh(), "cpu"),
         "dimensions": refused(shard, fresh(), square),
         "heads": refused(shard, fresh(num_heads=3, embed_dim=192), mesh),
@@ -260,6 +267,10 @@ def test_wrong_uses_are_named(two_ranks):
         "attention": "TypeError: model.blocks[1] is a Block without attn or sa",
         "tensors": "TypeError: model.blocks[0].attn is a SelfAttention without v_bias",
         "layers": "TypeError: model has no layers",
+        "rows": "ValueError: model.blocks[0].attn.mat_qkv has 512 rows; 3 parts of every head are 768",
+        "wrapper": "TypeError: model.blocks[0].attn.proj is in a wrapper; shard a model before torch.compile",
+        "wrapped": "TypeError: model is a OptimizedModule without unregistered_blocks or blocks",
+        "linear": "TypeError: model.blocks[1].attn.proj is a Identity; it must be a torch.nn.Linear",
         "mesh": "TypeError: mesh is 'cpu'",
         "dimensions": "ValueError: mesh has 2 dimensions; it must have one",
         "heads": "ValueError: model.blocks[0].attn has 3 heads; 2 processes must divide them",
