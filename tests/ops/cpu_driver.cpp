@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -200,6 +202,56 @@ bool check_attn(const cpu::InstructionSet& set, DType dtype, bool int8_pages, cp
     return true;
 }
 
+// As many keys as a call would store, chosen at random, into the pages that it would write: each row to the bit, but for
+// current ones that are rounded to eight bits.
+bool check_compact(const cpu::InstructionSet& set, DType dtype, bool int8_pages) {
+    Call call(dtype, int8_pages);
+    const AttnParams p = call.params();
+    std::vector<int64_t> there, targets;
+    for (size_t i = 0; i < call.read.size(); ++i) {
+        for (int row = 0; row < (call.read[i] & 255); ++row) there.push_back(int64_t(i) * call.page_size + row);
+    }
+    const int64_t paged = int64_t(call.read.size()) * call.page_size;
+    for (int token = 0; token < call.tokens; ++token) there.push_back(paged + token);
+    for (const int32_t slot : call.write) {
+        for (int row = 0; row < (slot & 255); ++row) targets.push_back((slot >> kRowsBits) * 2 * call.page_size + row);
+    }
+    if (static_cast<int>(targets.size()) != call.tokens) return true;  // the first page holds rows
+    std::vector<int64_t> keep;
+    for (int head = 0; head < p.batch * p.kv_heads; ++head)
+        std::sample(there.begin(), there.end(), std::back_inserter(keep), call.tokens, rng);
+    const size_t size = int8_pages ? 1 : dtype == DType::kBFloat16 ? 2 : 4, row_bytes = call.head_dim * size;
+    const char* const pool = static_cast<const char*>(p.pool.pages);
+    const std::vector<char> before(pool, pool + call.pages.size() * size);
+    const cpu::CompactParams c{
+        {p.k, p.v, p.pool, p.write, p.batch, p.tokens, p.kv_heads, p.head_dim, dtype},
+        p.read, keep.data(), call.tokens};
+    for (int head = 0; head < p.batch * p.kv_heads; ++head) {
+        set.compact(c, head / p.kv_heads, head % p.kv_heads);
+        const int64_t first = int64_t{call.arena[head]} * 2 * call.page_size;
+        for (int i = 0; i < 2 * call.tokens; ++i) {
+            const int side = i % 2 * call.page_size, token = i / 2;
+            const int64_t key = keep[int64_t{head} * call.tokens + token], to = first + targets[token] + side;
+            const char* from = nullptr;
+            if (key < paged) {
+                const int64_t page = call.read[key / call.page_size] >> kRowsBits;
+                const int64_t row = first + page * 2 * call.page_size + side + key % call.page_size;
+                from = before.data() + row * row_bytes;
+                if (int8_pages && call.scales[to] != call.scales[row]) return false;
+            } else if (!int8_pages) {
+                const Rows& x = i % 2 ? p.v : p.k;
+                const int64_t at = head / p.kv_heads * x.batch_stride + head % p.kv_heads * x.head_stride;
+                from = static_cast<const char*>(x.data) + (at + (key - paged) * x.token_stride) * size;
+            }
+            if (from && std::memcmp(pool + to * row_bytes, from, row_bytes) != 0) {
+                std::printf("%s: compact differs: n %d, head_dim %d\n", set.name, call.tokens, call.head_dim);
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
 void run_prepare_qk(const cpu::InstructionSet& set) {
     constexpr DType kTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
     const DType dtype = kTypes[below(3)];
@@ -223,6 +275,7 @@ int main(int, char** arguments) {
             for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
                 for (const bool int8_pages : {false, true}) {
                     if (!check_attn(*set, dtype, int8_pages, *scratch)) return 1;
+                    if (!check_compact(*set, dtype, int8_pages)) return 1;
                 }
             }
             run_prepare_qk(*set);
