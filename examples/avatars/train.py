@@ -1,7 +1,7 @@
 """Train the avatar model from nothing: draw the avatars, then the VQ-VAE, then the VAR.
 
     pip install dicebear-core dicebear-styles resvg-py  # the extra `avatars`
-    python -m examples.avatars.train                    # an hour and a half on two CPU cores
+    python -m examples.avatars.train                    # two hours on one CPU core
     python -m examples.avatars.train --device cuda
     python -m examples.avatars.train --quick --out DIR  # a few steps of everything, for tests
 
@@ -41,7 +41,7 @@ from examples.training import (
 )
 
 PLAN = Plan(
-    vae_steps=4000, vae_batch=4, vae_lr=5e-4, code_pace=6.0, vae_sharp=0.2, var_steps=4000,
+    vae_steps=4000, vae_batch=4, vae_lr=5e-4, code_pace=6.0, vae_sharp=0.2, var_steps=6900,
     var_turns=((6, 24), (8, 10), (10, 4)), var_lr=2e-3, warmup=50, ema=0.99, log_every=10, save_every=50,
 )  # fmt: skip
 QUICK = replace(
