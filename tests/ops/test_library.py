@@ -163,6 +163,14 @@ def forget():
     library.why_not_loaded.cache_clear()
 
 
+def test_looking_again_registers_nothing_again(forget, monkeypatch):
+    """Torch 2.11 takes no second kernel for an op and a key."""
+    library.why_not_loaded()
+    library.why_not_loaded.cache_clear()
+    monkeypatch.setattr(library, "refuse_backward", lambda *_: pytest.fail("registered again"))
+    library.why_not_loaded()
+
+
 def test_missing_library_is_one_clear_reason(forget, monkeypatch, tmp_path):
     monkeypatch.setattr(library, "LIBRARY", tmp_path / "libamskv.so")
     assert "was not built" in portable.unavailable(torch.device("cuda"), forced=True)

@@ -43,8 +43,14 @@ def why_not_loaded() -> str | None:
         return f"libamskv.so does not load: {error}"
     if not hasattr(torch.ops.amskv, _OPS[0]):
         return "libamskv.so is of an earlier version; install again"
-    refuse_backward(_REFUSALS, [name for name in _OPS if hasattr(torch.ops.amskv, name)])
+    _refuse_backward()
     return None
+
+
+@cache
+def _refuse_backward() -> None:
+    """Once, however often the library is looked for: torch 2.11 takes no second kernel for an op and a key."""
+    refuse_backward(_REFUSALS, [name for name in _OPS if hasattr(torch.ops.amskv, name)])
 
 
 def why_no_cuda() -> str | None:
