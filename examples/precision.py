@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -34,7 +33,7 @@ from amskv_kernels.policies import LeastLoss, Losses
 from examples.contestants import measure
 from examples.demo import machine
 from examples.rounding import Rounded, four_bits
-from examples.shootout import ROUNDING
+from examples.shootout import decibels, draw_with
 from examples.subjects import NAMES, cache_for, subject
 from examples.tables import scatter
 
@@ -90,13 +89,7 @@ class Bench:
 
     def draw(self, attention: Callable[[Any], Any]) -> Generation:
         """The images, from the shoot-out's seeds."""
-        parts = []
-        for i, labels in enumerate(self.labels.split(self.batch)):
-            rng = torch.Generator().manual_seed(1000 + i)
-            cache = attention(labels)
-            parts.append(self.var.generate(self.vae, labels, cache, generator=rng, **self.subject.sampling))
-        images, tokens = (torch.cat(each) for each in zip(*parts, strict=True))
-        return Generation(images, tokens)
+        return draw_with(self.subject, self.var, self.vae, attention, self.labels, self.batch)[0]
 
     def runs(self, losses: Losses) -> Iterator[Run]:
         """Policies at equal bytes in int8 and in 16 bits, then everything kept in ever fewer bits."""
@@ -121,8 +114,7 @@ class Bench:
     def row(self, run: Run) -> dict[str, Any]:
         """A run's images beside the full cache's."""
         drawn = self.draw(run.attention)
-        error = (drawn.images - self.full.images).square().flatten(1).mean(1).clamp_min(ROUNDING)
-        psnr = [round(-10 * math.log10(each), 3) for each in error.tolist()]
+        psnr = decibels(drawn.images, self.full.images)
         return {
             "policy": run.policy, "pages": run.pages, "bits": run.bits, "share": run.share,
             "retained_share": run.retained_share, "settings": run.settings,

@@ -19,7 +19,7 @@ import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -126,14 +126,29 @@ def draw(
     sub: Subject, var: VAR, vae: VQVAE, plan: CachePlan | None, labels: Tensor, batch: int
 ) -> tuple[Generation, float]:  # fmt: skip
     """The images under one plan, None for stock's cache, and the seconds that attention took."""
+    return draw_with(
+        sub, var, vae, lambda part: ConcatKVCache() if plan is None else cache_for(var, plan, part), labels, batch
+    )
+
+
+def draw_with(
+    sub: Subject, var: VAR, vae: VQVAE, attention: Callable[[Tensor], Any], labels: Tensor, batch: int
+) -> tuple[Generation, float]:  # fmt: skip
+    """The images, and the seconds that attention took; `attention` makes what each batch's labels attend with."""
     seconds, parts = 0.0, []
     for i, part in enumerate(labels.split(batch)):
-        clocked = Clocked(ConcatKVCache() if plan is None else cache_for(var, plan, part), labels.device)
+        clocked = Clocked(attention(part), labels.device)
         rng = torch.Generator(labels.device).manual_seed(1000 + i)
         parts.append(var.generate(vae, part, clocked, generator=rng, **sub.sampling))
         seconds += clocked.seconds
     images, tokens = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
     return Generation(images, tokens), seconds
+
+
+def decibels(images: Tensor, full: Tensor) -> list[float]:
+    """PSNR of every image beside the full cache's."""
+    error = (images - full).square().flatten(1).mean(1).clamp_min(ROUNDING)
+    return [round(10 * -math.log10(each), 3) for each in error.tolist()]
 
 
 class Bench:
@@ -161,8 +176,7 @@ class Bench:
         layers, total = config.depth, config.schedule.total
         token_mib = 2 * self.batch * config.num_heads * config.head_dim * PAIR_BYTES / MIB
         drawn = full if name == "full" else self.draw(plan, self.labels, self.batch)[0]
-        error = (drawn.images - full.images).square().flatten(1).mean(1).clamp_min(ROUNDING)
-        psnr = [round(10 * -math.log10(each), 3) for each in error.tolist()]
+        psnr = decibels(drawn.images, full.images)
         held = plan.retained_tokens / plan.heads
         recognised, judged = self.subject.judge(drawn.images, self.labels.cpu(), full.images)
         return Row(

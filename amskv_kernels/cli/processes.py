@@ -45,7 +45,7 @@ def processes(device: str | None) -> Iterator[DeviceMesh | None]:
     if ours:
         dist.init_process_group(timeout=timedelta(seconds=PATIENCE))
     yield dist.device_mesh.init_device_mesh(kind.type, (dist.get_world_size(),))
-    if ours:
+    if ours:  # and all went well: after a failure it would wait for processes that may be gone
         dist.destroy_process_group()
 
 

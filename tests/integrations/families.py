@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import public_var
 import torch
+from small_models import infinity_stack
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,14 +38,7 @@ class Family(NamedTuple):
 
 def infinity(seed: int = 5) -> InfinityStack:
     torch.manual_seed(seed)
-    made = InfinityStack(InfinityConfig(layers=3, width=128, heads=2, chunks=3))
-    for block in made.unregistered_blocks:  # initial weights are too small for attention to show in the maps
-        nn.init.normal_(block.sa.scale_mul_1H11, 2.0)
-        for bias in (block.sa.q_bias, block.sa.v_bias, block.ca.v_bias):
-            nn.init.normal_(bias)
-        for linear in (block.sa.mat_qkv, block.sa.proj, block.ca.mat_kv):
-            linear.weight.data.mul_(3)
-    return made.eval()
+    return infinity_stack(InfinityConfig(layers=3, width=128, heads=2, chunks=3))
 
 
 def prompts(lengths: tuple[int, ...] = (5, 3), width: int = 128, seed: int = 0) -> tuple[Tensor, Tensor, int]:

@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from amskv_kernels.models import VAR, VQVAE, ConcatKVCache, VARConfig, VQVAEConfig
+from amskv_kernels.models.infinity import InfinityConfig, InfinityStack
 from amskv_kernels.schedule import ScaleSchedule
 
 SQUARE = ScaleSchedule([(1, 1), (2, 2), (3, 3), (5, 5)])
@@ -19,6 +20,18 @@ VARIANTS = pytest.mark.parametrize(
     [{}, {"shared_adaln": True}, {"attn_l2_norm": False}],
     ids=["plain", "shared adaLN", "no L2 norm"],
 )
+
+
+def infinity_stack(config: InfinityConfig) -> InfinityStack:
+    """Of torch's own random numbers; initial weights are too small for attention to show in the maps."""
+    made = InfinityStack(config)
+    for block in made.unregistered_blocks:
+        nn.init.normal_(block.sa.scale_mul_1H11, 2.0)
+        for bias in (block.sa.q_bias, block.sa.v_bias, block.ca.v_bias):
+            nn.init.normal_(bias)
+        for linear in (block.sa.mat_qkv, block.sa.proj, block.ca.mat_kv):
+            linear.weight.data.mul_(3)
+    return made.eval()
 
 
 def shuffled(model: torch.nn.Module, seed: int) -> None:

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from small_engines import Unlike
-from small_models import OBLONG, SQUARE, pair
+from small_models import OBLONG, SQUARE, infinity_stack, pair
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from amskv_kernels import AMSKV, Full, PagedKVCache, ScaleSchedule, patch
-from amskv_kernels.models.infinity import InfinityConfig, InfinityStack
+from amskv_kernels.models.infinity import InfinityConfig
 from amskv_kernels.models.tensor_parallel import ranks_of, shard
 from amskv_kernels.planning.plan import CachePlan
 from amskv_kernels.policies import parse_policy
@@ -105,14 +105,7 @@ def texts(lengths=(5, 3), width=64 * HEADS):
 
 
 def stack():
-    made = InfinityStack(InfinityConfig(layers=2, width=64 * HEADS, heads=HEADS, chunks=1))
-    for block in made.unregistered_blocks:  # initial weights are too small for attention to show in the maps
-        nn.init.normal_(block.sa.scale_mul_1H11, 2.0)
-        for bias in (block.sa.q_bias, block.sa.v_bias, block.ca.v_bias):
-            nn.init.normal_(bias)
-        for linear in (block.sa.mat_qkv, block.sa.proj, block.ca.mat_kv):
-            linear.weight.data.mul_(3)
-    return made.eval()
+    return infinity_stack(InfinityConfig(layers=2, width=64 * HEADS, heads=HEADS, chunks=1))
 
 
 def maps(model, policy):

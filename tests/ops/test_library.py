@@ -167,8 +167,10 @@ def test_looking_again_registers_nothing_again(forget, monkeypatch):
     """Torch 2.11 takes no second kernel for an op and a key."""
     library.why_not_loaded()
     library.why_not_loaded.cache_clear()
-    monkeypatch.setattr(library, "refuse_backward", lambda *_: pytest.fail("registered again"))
+    again = []
+    monkeypatch.setattr(library, "refuse_backward", lambda *names: again.append(names))
     library.why_not_loaded()
+    assert not again
 
 
 def test_missing_library_is_one_clear_reason(forget, monkeypatch, tmp_path):
